@@ -1,0 +1,307 @@
+"""The five axes: Transform × Grid × Solver × Allocation × Container, and the Checkpoint they read from.
+
+Every class is abstract or final: a member implements what is abstract here and overrides nothing else.
+A member is one file in the folder of its axis; the file's name is its public name.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from bitmill.core.types import (
+    FileImage,
+    Moments,
+    Params,
+    Problem,
+    Quantized,
+    Row,
+    Solution,
+    TensorFacts,
+)
+
+
+class Grid(ABC):
+    """What can be stored: the set of values and their parameters. Members are frozen dataclasses.
+
+    ``str(grid)`` is its canonical text, and ``type(grid).parse(str(grid)) == grid``.
+    """
+
+    @property
+    @abstractmethod
+    def block(self) -> tuple[int, int]:
+        """Rows × columns that share parameters; 0 stands for "all of them"."""
+
+    @property
+    @abstractmethod
+    def span(self) -> tuple[int, int]:
+        """Rows × columns encoded together: ``(1, 1)`` for scalars, ``(1, 8)`` for E8."""
+
+    @classmethod
+    @abstractmethod
+    def parse(cls, text: str) -> Grid | None:
+        """The grid this lower-case text names, or None when it is not one of this family's names."""
+
+    @classmethod
+    @abstractmethod
+    def examples(cls) -> tuple[Grid, ...]:
+        """Members that contract tests, docs and ``bitmill recipes`` show."""
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """Canonical text."""
+
+    @abstractmethod
+    def refuses(self, shape: tuple[int, ...]) -> str | None:
+        """Why a weight of this shape cannot be stored, or None."""
+
+    @abstractmethod
+    def storage_bits(self, shape: tuple[int, int]) -> int:
+        """Exact bits of codes and parameters for a weight of this shape."""
+
+    @abstractmethod
+    def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
+        """Parameters for ``w`` (``out in``, float32), minimizing squared error weighted by ``importance``.
+
+        ``importance`` is ``in`` (or ``out in``), non-negative, float32; None is the grid's plain rule.
+        Parameters are already rounded to what the file will hold.
+        """
+
+    @abstractmethod
+    def encode(self, w: Tensor, params: Params, at: int = 0) -> Tensor:
+        """Codes of the values nearest to ``w``, whose columns are ``at … at + w.shape[1]`` of the tensor."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor, params: Params, at: int = 0) -> Tensor:
+        """Float32 values of ``codes``, whose first column is column ``at`` of the tensor."""
+
+    @abstractmethod
+    def round(self, w: Tensor, importance: Tensor | None = None) -> Quantized:
+        """``fit`` and ``encode`` in one search. Members whose search fixes codes that ``encode`` alone
+        could not reproduce (a K-quant sub-block with scale 0) do it here; the others compose the two."""
+
+
+class ScalarGrid(Grid):
+    """A grid of scalars with a step: what clip search, learned rounding and training need."""
+
+    @abstractmethod
+    def step(self, params: Params, at: int, columns: int) -> Tensor:
+        """Local distance between neighbouring values, ``out columns``."""
+
+    @abstractmethod
+    def scaled(self, params: Params, factor: Tensor) -> Params:
+        """Parameters of a range ``factor`` times as wide; ``factor`` broadcasts over the blocks."""
+
+
+class LinearMap(ABC):
+    """A change of basis at a seam: the hidden vector ``h`` becomes ``h R``."""
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def read(self, weight: Tensor) -> Tensor:
+        """The weight of a reader (``out in``) after the change, so that its output is unchanged."""
+
+    @abstractmethod
+    def write(self, weight: Tensor) -> Tensor:
+        """The weight (``out in``) or bias (``out``) of a writer after the change."""
+
+    @abstractmethod
+    def undo(self, weight: Tensor) -> Tensor:
+        """The reader's weight before the change: ``undo(read(w)) == w``."""
+
+    @abstractmethod
+    def moments(self, moments: Moments) -> Moments:
+        """Moments of the changed hidden vector."""
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One hidden space of a block: which roles write it, which read it, and what may be folded there.
+
+    Attributes:
+        name: ``attn_in``, ``value``, ``mlp_in``, ``mlp_mid`` (inside a block) or ``residual`` (the model).
+        writers: roles whose output (or norm weight) is this space.
+        readers: roles whose input is this space.
+        allows: kinds of :class:`LinearMap` that can be folded exactly: ``diagonal``, ``orthogonal``.
+        per_head: whether the space is made of heads, so that a map acts inside each of them.
+    """
+
+    name: str
+    writers: tuple[str, ...]
+    readers: tuple[str, ...]
+    allows: frozenset[str]
+    per_head: bool = False
+
+
+class Transform(ABC):
+    """A change of basis that makes weights easier to store; members are frozen dataclasses."""
+
+    needs: ClassVar[str]
+    """``nothing`` (known before the walk) or ``gram`` (fitted from moments, block by block)."""
+
+    kind: ClassVar[str]
+    """``diagonal`` or ``orthogonal``: what the seam must allow."""
+
+    @abstractmethod
+    def seams(self) -> tuple[str, ...]:
+        """Names of the seams it wants, in the order they are fitted."""
+
+    @abstractmethod
+    def fit(
+        self, seam: Seam, layer: int | None, width: int, readers: Sequence[tuple[Problem, Grid]]
+    ) -> tuple[LinearMap, float | None]:
+        """The map for one seam (``width`` is the hidden width, or a head's) and its gain in expected error
+        (new / old, None when it is not fitted). ``readers`` is empty for a transform that needs nothing."""
+
+
+class Solver(ABC):
+    """Which codes: puts weights that share one input on their grids; members are frozen dataclasses."""
+
+    needs: ClassVar[str]
+    """What it asks of calibration: ``nothing``, ``diagonal`` or ``gram``."""
+
+    @abstractmethod
+    def refuses(self, grid: Grid) -> str | None:
+        """Why this solver cannot work on this grid, or None."""
+
+    @abstractmethod
+    def prefers(self, text: str) -> str:
+        """The spelling of a grid name this solver means when the recipe leaves it open."""
+
+    @abstractmethod
+    def solve(self, problems: Sequence[Problem], grids: Sequence[Grid]) -> list[Solution]:
+        """One solution a problem. The problems share their input, hence their moments."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What allocation may look at: everything about a tensor but its data.
+
+    Attributes:
+        name, role, layer, shape: as in :class:`~bitmill.core.types.Row`.
+        layers: number of blocks of the model.
+        traits: facts of the model: ``heads``, ``kv_heads``, ``tied`` (1/0), ``experts``, ``imatrix`` (1/0).
+    """
+
+    name: str
+    role: str
+    layer: int | None
+    shape: tuple[int, ...]
+    layers: int
+    traits: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An allocation's answer for one tensor: the grid's text, why, and what it replaced for shape's sake."""
+
+    grid: str
+    why: str
+    fallback: str | None = None
+
+
+class Allocation(ABC):
+    """Which grid where: a pure function of one tensor's facts; members are frozen dataclasses."""
+
+    @abstractmethod
+    def choose(self, weight: Weight) -> Choice | None:
+        """The grid for this tensor, or None to keep it dense."""
+
+
+class Checkpoint(ABC):
+    """A model on disk, read lazily: dense tensors by canonical (Hugging Face) name."""
+
+    path: Path
+
+    @property
+    @abstractmethod
+    def config(self) -> Mapping[str, Any]:
+        """The model's ``config.json`` (derived from metadata for a GGUF file)."""
+
+    @property
+    @abstractmethod
+    def tensors(self) -> Mapping[str, TensorFacts]:
+        """Every tensor's name, shape and dtype (``f32 f16 bf16``), in file order."""
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """One tensor, dense, float32 unless stored in 16 bits."""
+
+    @abstractmethod
+    def stored(self, name: str) -> Quantized | None:
+        """The tensor as stored, when it is quantized in the file."""
+
+    @property
+    @abstractmethod
+    def carried(self) -> Mapping[str, bytes]:
+        """Small files that travel with the model: tokenizer, chat template, generation config."""
+
+    @property
+    @abstractmethod
+    def metadata(self) -> Mapping[str, Any]:
+        """The container's own metadata (GGUF keys, quantization_config)."""
+
+    @property
+    @abstractmethod
+    def digest(self) -> str:
+        """Identity of the content: changes when any byte that matters changes."""
+
+
+class Container(ABC):
+    """How bytes are laid out for somebody's runtime; members are frozen dataclasses without fields."""
+
+    single_file: ClassVar[bool]
+    """Whether the output is one file (``gguf``) or a folder."""
+
+    @classmethod
+    @abstractmethod
+    def recognises(cls, path: Path) -> bool:
+        """Whether ``path`` looks like this container's output."""
+
+    @abstractmethod
+    def open(self, path: Path) -> Checkpoint:
+        """Read it back: a checkpoint like any other."""
+
+    @abstractmethod
+    def refuses(self, grid: Grid, role: str, shape: tuple[int, ...]) -> str | None:
+        """Why this container cannot hold that, or None."""
+
+    @abstractmethod
+    def adapt(self, grid: Grid, dtype: str) -> Grid:
+        """The grid with what this container fixes settled: the precision of scales for a model of ``dtype``,
+        the zero points its layout can express. The plan prints the result; idempotent."""
+
+    @abstractmethod
+    def default_grid(self, dtype: str, role: str) -> str:
+        """The grid's text for a tensor that is kept: ``f32``, ``bf16`` …"""
+
+    @abstractmethod
+    def files(
+        self, rows: Sequence[Row], source: Checkpoint, notes: Mapping[str, str]
+    ) -> tuple[FileImage, ...]:
+        """Every output file to the byte: headers, slots, sizes. ``notes`` is provenance to record."""
+
+    @abstractmethod
+    def pack(self, row: Row, quantized: Quantized, source: Checkpoint) -> Mapping[str, bytes]:
+        """The bytes of every slot that belongs to ``row``, keyed by slot name."""
+
+    @abstractmethod
+    def slots(self, row: Row, source: Checkpoint) -> Mapping[str, int]:
+        """Names and sizes in bytes of the slots that belong to ``row``."""
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """``f32 f16 bf16`` to torch's own name."""
+    return {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[name]
+
+
+def total_bytes(images: Iterable[FileImage]) -> int:
+    """Size of a whole output."""
+    return sum(image.bytes_ for image in images)

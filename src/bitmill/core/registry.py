@@ -1,0 +1,94 @@
+"""Discovery: the members of an axis are the files of its folder; the file name is the public name.
+
+Third parties add members through entry points in the group ``bitmill.<axis>`` whose value is a module.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from functools import cache
+from importlib import import_module, metadata
+from pathlib import Path
+from types import ModuleType
+
+from bitmill.core.axes import Allocation, Container, Grid, Solver, Transform
+from bitmill.core.errors import BadRecipe
+
+AXES: dict[str, type] = {
+    "transforms": Transform,
+    "grids": Grid,
+    "solvers": Solver,
+    "allocation": Allocation,
+    "containers": Container,
+}
+
+
+def names(axis: str) -> tuple[str, ...]:
+    """Public names of an axis' members, sorted."""
+    return tuple(sorted(_modules(axis)))
+
+
+def member(axis: str, name: str) -> type:
+    """The one final class of the file ``name`` of ``axis``.
+
+    Raises:
+        BadRecipe: no such file; the message lists what there is and the closest match.
+    """
+    known = _modules(axis)
+    key = name.strip().lower().replace("-", "_")
+    if key not in known:
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"one of: {', '.join(sorted(known))}"
+        raise BadRecipe(f"no {axis.rstrip('s')} is called {name!r}", fix=hint)
+    return _final_class(axis, import_module(known[key]))
+
+
+def members(axis: str) -> dict[str, type]:
+    """Every member of an axis by name."""
+    return {name: member(axis, name) for name in names(axis)}
+
+
+def parse_grid(text: str) -> Grid:
+    """The grid that ``text`` names, whichever file it lives in.
+
+    Raises:
+        BadRecipe: no grid knows the text; the message offers the closest spelling.
+    """
+    wanted = text.strip().lower()
+    for cls in members("grids").values():
+        grid = cls.parse(wanted)
+        if grid is not None:
+            return grid
+    spellings = [str(g) for cls in members("grids").values() for g in cls.examples()]
+    close = difflib.get_close_matches(wanted, spellings, n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"for example: {', '.join(spellings[:8])}"
+    raise BadRecipe(f"no grid is called {text!r}", fix=hint)
+
+
+@cache
+def _modules(axis: str) -> dict[str, str]:
+    folder = Path(__file__).parent.parent / axis
+    found = {
+        p.stem: f"bitmill.{axis}.{p.stem}" for p in sorted(folder.glob("*.py")) if not p.stem.startswith("_")
+    }
+    for entry in metadata.entry_points(group=f"bitmill.{axis}"):
+        found.setdefault(entry.name.replace("-", "_"), entry.value)
+    return found
+
+
+def _final_class(axis: str, module: ModuleType) -> type:
+    base = AXES[axis]
+    found = [
+        c
+        for c in vars(module).values()
+        if inspect.isclass(c)
+        and issubclass(c, base)
+        and c.__module__ == module.__name__
+        and not inspect.isabstract(c)
+        and not c.__name__.startswith("_")
+    ]
+    if len(found) != 1:
+        listed = ", ".join(c.__name__ for c in found) or "none"
+        raise ImportError(f"{module.__name__} must define exactly one public {base.__name__}; found {listed}")
+    return found[0]

@@ -1,0 +1,186 @@
+"""Frozen records that travel between the axes: values in, values out, no behaviour beyond arithmetic.
+
+Shapes: weights are ``out in``, activations ``tokens in``. Nothing here knows a concrete grid, solver or file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from bitmill.core.axes import Grid
+
+Params = Mapping[str, Tensor]
+"""What a grid stores beside the codes: scales, zeros, super-scales. First dimension is ``out`` for every
+per-row tensor; a whole-tensor value has shape ``()``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """A weight on a grid: ``grid.decode(codes, params)`` is its value.
+
+    Attributes:
+        grid: the values that can be stored.
+        codes: integer tensor; ``out in`` for scalar grids, ``out in/width`` for vector grids.
+        params: the grid's own parameters (see :data:`Params`).
+        shape: ``(out, in)`` of the dense weight.
+    """
+
+    grid: Grid
+    codes: Tensor
+    params: Params
+    shape: tuple[int, int]
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The stored value, ``out in``."""
+        return self.grid.decode(self.codes, self.params).to(dtype)
+
+    @property
+    def bits(self) -> int:
+        """Bits of information stored (codes and parameters, without a container's padding)."""
+        return self.grid.storage_bits(self.shape)
+
+    def same_values(self, other: Quantized) -> bool:
+        """Whether both decode to the same numbers, bit for bit, whatever their grids are called."""
+        return self.shape == other.shape and torch.equal(self.dense(), other.dense())
+
+    def rows(self, index: Tensor) -> Quantized:
+        """The same rows in another order (rows are independent in every row-wise grid)."""
+        out = self.shape[0]
+        params = {k: v[index] if v.dim() and v.shape[0] == out else v for k, v in self.params.items()}
+        return replace(self, codes=self.codes[index], params=params)
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Streaming statistics of one linear layer's input, in float32.
+
+    Attributes:
+        tokens: rows summed over.
+        gram: sum of ``x xᵀ``, ``in in``; absent when no solver needs it.
+        square: sum of ``x²`` a channel, ``in``.
+        magnitude: sum of ``|x|`` a channel, ``in``.
+        absmax: largest ``|x|`` a channel, ``in``.
+    """
+
+    tokens: int
+    square: Tensor
+    magnitude: Tensor
+    absmax: Tensor
+    gram: Tensor | None = None
+
+    @property
+    def importance(self) -> Tensor:
+        """Mean of ``x²`` a channel, ``in``: llama.cpp's imatrix, the diagonal of the Hessian."""
+        return self.square / max(self.tokens, 1)
+
+    def merged(self, other: Moments) -> Moments:
+        """The moments of both sets of tokens together."""
+        gram = None if self.gram is None or other.gram is None else self.gram + other.gram
+        return Moments(
+            self.tokens + other.tokens,
+            self.square + other.square,
+            self.magnitude + other.magnitude,
+            torch.maximum(self.absmax, other.absmax),
+            gram,
+        )
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something that did not go as asked, or that a reader of the report should know.
+
+    Attributes:
+        kind: a short stable key: ``damping``, ``dead-channels``, ``fallback``, ``kept`` …
+        where: the tensor or block.
+        text: one sentence.
+        value: the number behind it, if there is one.
+    """
+
+    kind: str
+    where: str
+    text: str
+    value: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """One weight to put on a grid. ``weight`` is ``out in`` float32; ``moments`` describe its input."""
+
+    name: str
+    role: str
+    weight: Tensor
+    moments: Moments | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """What a solver hands back: the quantized weight and whatever is worth a row in the report."""
+
+    quantized: Quantized
+    notes: tuple[Note, ...] = ()
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """What a checkpoint says about one tensor before its data is read."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One stored tensor of an output file: ``bytes_`` bytes at ``offset`` of the file."""
+
+    name: str
+    offset: int
+    bytes_: int
+
+
+@dataclass(frozen=True, eq=False)
+class FileImage:
+    """One output file, known to the byte before any weight is read.
+
+    Attributes:
+        path: relative to the output folder; empty when the output is this one file.
+        head: the bytes at offset 0 (a header, or the whole content of a small text file).
+        slots: where each stored tensor goes.
+        bytes_: the file's exact size; what neither head nor slots cover is zero.
+    """
+
+    path: str
+    head: bytes
+    slots: tuple[Slot, ...]
+    bytes_: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a plan: what happens to one source tensor.
+
+    Attributes:
+        name: canonical (Hugging Face) tensor name.
+        role: the family's word for it: ``q``, ``down``, ``embed``, ``norm`` …
+        layer: block index, or None outside the blocks.
+        shape: of the dense tensor.
+        grid: what it is stored on; a ``Dense`` grid keeps it.
+        solved: whether the recipe's solver places it (False: stored by plain rounding or kept).
+        why: where the choice comes from.
+        fallback: the grid that was asked for, when a shape forced another one.
+    """
+
+    name: str
+    role: str
+    layer: int | None
+    shape: tuple[int, ...]
+    grid: Grid
+    solved: bool
+    why: str
+    fallback: str | None = None
