@@ -1,0 +1,151 @@
+"""Streaming moments of a linear layer's input: Gram, mean square, mean and largest magnitude, in float32.
+
+They are sums over tokens, so parts taken on different texts or machines merge by addition. The file is safetensors; a
+group of layers that share an input (q, k and v) is stored once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bitmill.core.errors import BadFile, Refused, Unsolvable
+from bitmill.core.types import Moments
+
+FILE_KIND = "bitmill-moments-1"
+_LEAF = 512  # below this width one matrix product beats the bookkeeping of skipping the lower triangle
+
+
+@dataclass
+class MomentSum:
+    """Accumulator for one input; :meth:`moments` freezes it.
+
+    Attributes:
+        width: channels of the input.
+        gram: whether to keep ``x xᵀ`` (``width² × 4`` bytes) or its diagonal only.
+    """
+
+    width: int
+    gram: bool
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __post_init__(self) -> None:
+        zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float32, device=self.device)  # noqa: E731
+        self.tokens = 0
+        self._square, self._magnitude, self._absmax = (zeros(self.width) for _ in range(3))
+        self._gram = zeros(self.width, self.width) if self.gram else None
+
+    def add(self, x: Tensor, where: str) -> None:
+        """Add ``tokens in`` activations.
+
+        Raises:
+            Unsolvable: an activation is NaN or infinite; ``where`` is named.
+        """
+        x = x.reshape(-1, self.width).float()
+        peak = x.abs().amax(0)
+        if not torch.isfinite(peak).all():
+            bad = int((~torch.isfinite(x)).sum())
+            raise Unsolvable(
+                f"{bad} of {x.numel()} activations are NaN or infinite",
+                where=f"input of {where}",
+                fix="calibrate in float32 (--device cpu), and check that the source model itself produces finite logits",
+            )
+        self.tokens += x.shape[0]
+        self._absmax = torch.maximum(self._absmax, peak)
+        self._magnitude += x.abs().sum(0)
+        if self._gram is None:
+            self._square += x.square().sum(0)
+        else:
+            _add_upper(self._gram, x, 0, self.width)
+
+    def moments(self) -> Moments:
+        """The sums so far, as a frozen record. The accumulator must not be used afterwards."""
+        gram = self._gram
+        if gram is None:
+            return Moments(self.tokens, self._square, self._magnitude, self._absmax)
+        _mirror(gram)
+        return Moments(self.tokens, gram.diagonal().clone(), self._magnitude, self._absmax, gram)
+
+
+def _add_upper(gram: Tensor, x: Tensor, start: int, stop: int) -> None:
+    """Add ``xᵀx`` to the upper triangle only, by halves: 5/8 of the work of the full product at four leaves."""
+    if stop - start <= _LEAF:
+        part = x[:, start:stop]
+        gram[start:stop, start:stop].addmm_(part.T, part)
+        return
+    middle = (start + stop) // 2
+    _add_upper(gram, x, start, middle)
+    _add_upper(gram, x, middle, stop)
+    gram[start:middle, middle:stop].addmm_(x[:, start:middle].T, x[:, middle:stop])
+
+
+def _mirror(gram: Tensor, rows: int = 1024) -> None:
+    """Copy the upper triangle onto the lower one in place, a strip at a time."""
+    n = gram.shape[0]
+    for a in range(0, n, rows):
+        b = min(a + rows, n)
+        corner = gram[a:b, a:b]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        gram[b:, a:b] = gram[a:b, b:].T
+
+
+def save_moments(path: Path, moments: Mapping[str, Moments], facts: Mapping[str, str]) -> None:
+    """Write moments by tensor name; tensors that share one record share its bytes.
+
+    Args:
+        path: a ``.safetensors`` file; written beside and renamed.
+        moments: weight name to moments of its input.
+        facts: provenance (model digest, corpus hash, seed) that :func:`load_moments` hands back.
+    """
+    groups: dict[int, str] = {}
+    names: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, record in moments.items():
+        key = groups.setdefault(id(record), name)
+        names[name] = key
+        if key == name:
+            tensors[f"{key}/square"] = record.square.contiguous()
+            tensors[f"{key}/magnitude"] = record.magnitude.contiguous()
+            tensors[f"{key}/absmax"] = record.absmax.contiguous()
+            tensors[f"{key}/tokens"] = torch.tensor(record.tokens)
+            if record.gram is not None:
+                tensors[f"{key}/gram"] = record.gram.contiguous()
+    header = {"kind": FILE_KIND, "names": json.dumps(names), "facts": json.dumps(dict(facts))}
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata=header)
+    partial.replace(path)
+
+
+def load_moments(path: Path) -> tuple[dict[str, Moments], dict[str, str]]:
+    """Read what :func:`save_moments` wrote: moments by tensor name, and the recorded facts.
+
+    Raises:
+        BadFile: the file is not a moments file.
+    """
+    if not path.is_file():
+        raise Refused(f"there is no moments file {str(path)!r}", fix="make one with --save-moments")
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata() or {}
+        if header.get("kind") != FILE_KIND:
+            raise BadFile("not a moments file", where=str(path), fix="make one with --save-moments")
+        names: dict[str, str] = json.loads(header["names"])
+        stored = set(file.keys())
+        records = {key: _record(file, key, f"{key}/gram" in stored) for key in sorted(set(names.values()))}
+    return {name: records[key] for name, key in names.items()}, json.loads(header["facts"])
+
+
+def _record(file: safe_open, key: str, gram: bool) -> Moments:
+    return Moments(
+        int(file.get_tensor(f"{key}/tokens")),
+        file.get_tensor(f"{key}/square"),
+        file.get_tensor(f"{key}/magnitude"),
+        file.get_tensor(f"{key}/absmax"),
+        file.get_tensor(f"{key}/gram") if gram else None,
+    )

@@ -1,0 +1,343 @@
+"""A model as a stream of blocks: transformers' own decoder layers, built empty and filled one at a time.
+
+Any causal model that transformers knows runs here without a line of ours about its architecture: the body is
+built on the meta device, its forward is called once with the layers replaced by recorders, and what each layer
+was called with (positions, masks) is kept. Memory is one block and the hidden states.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from bitmill.core.axes import Checkpoint
+from bitmill.core.errors import BadFile, Refused
+
+Read = Callable[[str], Tensor]
+_VOCAB_ROWS = 16384  # head rows converted to float32 at a time: 37 MB at width 576, 268 MB at 4096
+
+
+class _Recorded(Exception):
+    """Raised by the last recorder: nothing after the blocks needs to run."""
+
+
+class Block:
+    """One decoder layer with its weights in memory.
+
+    Attributes:
+        index: position in the model.
+        prefix: canonical name prefix of its tensors, with the dot.
+        module: transformers' own layer.
+    """
+
+    def __init__(self, stream: Stream, index: int, module: nn.Module) -> None:
+        self.index, self.module, self._stream = index, module, stream
+        self.prefix = f"{stream.layers_path}.{index}."
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden states ``n T H`` after this block; ``n`` is what fits in memory at once."""
+        args, kwargs = self._stream.call(self.index, hidden)
+        with torch.inference_mode():
+            out = self.module(hidden, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def run(self, hidden: Tensor, batch: int) -> Tensor:
+        """As :meth:`forward`, ``batch`` sequences at a time, writing over nothing."""
+        out = torch.empty_like(hidden)
+        for a in range(0, hidden.shape[0], batch):
+            out[a : a + batch] = self.forward(hidden[a : a + batch])
+        return out
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """Every linear layer by its path inside the block."""
+        return {name: m for name, m in self.module.named_modules() if isinstance(m, nn.Linear)}
+
+    def weight(self, path: str) -> Tensor:
+        """The weight of the linear at ``path``, ``out in``, float32; the storage the forward uses."""
+        return self.module.get_submodule(path).get_parameter("weight").data
+
+    def assign(self, name: str, value: Tensor) -> None:
+        """Replace a parameter by its path inside the block (``mlp.up_proj.weight``)."""
+        _assign(self.module, name, value, self._stream.device, self._stream.dtype)
+
+    def shared_inputs(self, hidden: Tensor) -> list[tuple[str, ...]]:
+        """Paths of the linears grouped by the input they share, in the order they run."""
+        seen: list[tuple[int, list[str]]] = []
+        keep: list[Tensor] = []  # inputs stay alive so that no address is used twice
+
+        def note(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+                keep.append(args[0])
+                for address, paths in seen:
+                    if address == args[0].data_ptr():
+                        paths.append(path)
+                        return
+                seen.append((args[0].data_ptr(), [path]))
+
+            return hook
+
+        with _hooks({path: note(path) for path in self.linears()}, self.module):
+            self.forward(hidden[:1])
+        return [tuple(paths) for _, paths in seen]
+
+    def watched(self, hidden: Tensor, hooks: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Tensor:
+        """:meth:`forward` while ``hooks[path]`` sees (and may replace) the input of the linear at ``path``."""
+
+        def wrap(see: Callable[[Tensor], Tensor | None]) -> Callable[[nn.Module, tuple[Tensor, ...]], Any]:
+            def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+                changed = see(args[0])
+                return None if changed is None else (changed, *args[1:])
+
+            return hook
+
+        with _hooks({path: wrap(see) for path, see in hooks.items()}, self.module):
+            return self.forward(hidden)
+
+
+class Stream:
+    """A checkpoint that can be run block by block.
+
+    Args:
+        checkpoint: any container's.
+        device: where blocks run.
+        dtype: what they compute in; float32 unless memory forbids it.
+        read: where dense tensors come from; the checkpoint itself unless a transform changes them on the way.
+
+    Raises:
+        Refused: transformers does not know the architecture, or its body is not a plain list of blocks.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        read: Read | None = None,
+    ) -> None:
+        self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
+        self._read = read or checkpoint.read
+        self._model = _empty_model(checkpoint.config, self.device)
+        self.layers_path, self._layers = _find_layers(self._model)
+        self._calls: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._norm_path = _final_norm_path(self._model, self.layers_path)
+
+    @property
+    def layers(self) -> int:
+        """Number of blocks."""
+        return len(self._layers)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return int(self._model.config.hidden_size)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Hidden states ``n T H`` of token ids ``n T``; only the rows that occur are converted."""
+        module = self._model.get_input_embeddings()
+        path = _path_of(self._model, module)
+        table = self._tensor(f"{path}.weight")
+        rows, index = tokens.unique(return_inverse=True)
+        if int(rows[-1]) >= table.shape[0]:
+            raise BadFile(
+                f"token id {int(rows[-1])} is outside the embedding table of {table.shape[0]} rows",
+                where=f"{path}.weight",
+                fix="the tokenizer and the model do not belong together",
+            )
+        module = copy.copy(module)
+        module._parameters = {}
+        module.padding_idx = None
+        module.weight = nn.Parameter(table[rows].to(self.device, self.dtype), requires_grad=False)
+        with torch.inference_mode():
+            return module(index.to(self.device)).clone()
+
+    def block(self, index: int, read: Read | None = None) -> Block:
+        """Block ``index`` with its weights filled in from ``read``."""
+        module = copy.deepcopy(self._layers[index])
+        prefix = f"{self.layers_path}.{index}."
+        for name, _ in list(module.named_parameters()):
+            _assign(module, name, self._tensor(prefix + name, read), self.device, self.dtype)
+        return Block(self, index, module)
+
+    def blocks(self) -> Iterator[Block]:
+        """Every block in order, one in memory at a time."""
+        for index in range(self.layers):
+            yield self.block(index)
+
+    def hidden(
+        self, tokens: Tensor, batch: int = 8, after: Callable[[Tensor, int], Tensor] | None = None
+    ) -> Tensor:
+        """Hidden states ``n T H`` after the last block; ``after(hidden, index)`` may change them on the way."""
+        hidden = self.embed(tokens)
+        for block in self.blocks():
+            hidden = block.run(hidden, batch)
+            if after is not None:
+                hidden = after(hidden, block.index)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits ``… V`` of hidden states ``… H``: final norm, head, and the model's own scaling of them."""
+        norm = copy.deepcopy(self._model.get_submodule(self._norm_path))
+        for name, _ in list(norm.named_parameters()):
+            _assign(norm, name, self._tensor(f"{self._norm_path}.{name}"), self.device, self.dtype)
+        with torch.inference_mode():
+            x = norm(hidden.to(self.device, self.dtype)).float()
+            weight, bias = self._head()
+            rows = weight.shape[0]
+            out = torch.empty(*x.shape[:-1], rows, dtype=torch.float32, device=self.device)
+            for a in range(0, rows, _VOCAB_ROWS):
+                part = weight[a : a + _VOCAB_ROWS].to(self.device, torch.float32)
+                out[..., a : a + _VOCAB_ROWS] = x @ part.T
+            if bias is not None:
+                out += bias.to(self.device, torch.float32)
+            return _scaled(out, self.checkpoint.config)
+
+    def call(self, index: int, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model calls layer ``index`` with, beside the hidden states, for a batch of this shape."""
+        shape = (hidden.shape[0], hidden.shape[1])
+        if shape not in self._calls:
+            self._calls[shape] = self._record(hidden)
+        return self._calls[shape][index]
+
+    def _record(self, hidden: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        body = self._model.get_submodule(self.layers_path.rpartition(".")[0])
+
+        def recorder(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            calls.append((args, kwargs))
+            if len(calls) == self.layers:
+                raise _Recorded
+            return hidden_states
+
+        for layer in self._layers:
+            layer.forward = recorder  # an instance attribute: the class keeps its own
+        try:
+            with torch.inference_mode():
+                body(inputs_embeds=hidden, use_cache=False)
+        except _Recorded:
+            return calls
+        finally:
+            for layer in self._layers:
+                del layer.forward
+        raise Refused(
+            f"the blocks of {type(body).__name__} are not called one after the other",
+            fix="quantize without calibration (solver nearest, hqq or clip)",
+        )
+
+    def _head(self) -> tuple[Tensor, Tensor | None]:
+        head = self._model.get_output_embeddings()
+        path = _path_of(self._model, head)
+        names = self.checkpoint.tensors
+        if f"{path}.weight" in names:
+            bias = self._tensor(f"{path}.bias") if f"{path}.bias" in names else None
+            return self._tensor(f"{path}.weight"), bias
+        return self._tensor(f"{_path_of(self._model, self._model.get_input_embeddings())}.weight"), None
+
+    def _tensor(self, name: str, read: Read | None = None) -> Tensor:
+        if name not in self.checkpoint.tensors:
+            raise BadFile(
+                f"the checkpoint has no tensor {name!r}, which {type(self._model).__name__} needs",
+                where=str(self.checkpoint.path),
+                fix="the file is incomplete, or stores this architecture under other names",
+            )
+        return (read or self._read)(name)
+
+
+def _empty_model(config: Mapping[str, Any], device: torch.device) -> PreTrainedModel:
+    """The model's skeleton: parameters on the meta device, buffers (rotary frequencies) real."""
+    facts = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
+    model_type = str(facts.pop("model_type", ""))
+    try:
+        parsed = AutoConfig.for_model(model_type, **facts)
+    except (ValueError, KeyError) as error:
+        raise Refused(
+            f"transformers does not know the architecture {model_type!r}",
+            where="config.json: model_type",
+            fix="upgrade transformers, or check the spelling; custom code inside a model folder is never run",
+        ) from error
+    parsed._attn_implementation = "sdpa"
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(parsed, dtype=torch.float32)
+    except ValueError as error:
+        raise Refused(
+            f"{model_type!r} is not a causal language model", where="config.json: model_type"
+        ) from error
+    for module in model.modules():
+        names = [n for n, b in module.named_buffers(recurse=False) if b.is_meta]
+        for name in names:
+            module._buffers[name] = torch.empty_like(module.get_buffer(name), device=device)
+        if names:
+            model._init_weights(module)
+    return model.eval()
+
+
+def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    count = int(model.config.num_hidden_layers)
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return path, module
+    raise Refused(
+        f"{type(model).__name__} has no list of {count} blocks",
+        fix="quantize without calibration (solver nearest, hqq or clip)",
+    )
+
+
+def _final_norm_path(model: PreTrainedModel, layers_path: str) -> str:
+    body_path = layers_path.rpartition(".")[0]
+    candidates = [
+        name for name, _ in model.get_submodule(body_path).named_children() if name.endswith("norm") or "norm" in name
+    ]
+    if not candidates:
+        raise Refused(f"{type(model).__name__} has no final norm beside its blocks")
+    return f"{body_path}.{candidates[-1]}"
+
+
+def _path_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(path for path, module in model.named_modules() if module is wanted)
+
+
+def _assign(root: nn.Module, name: str, value: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = root.get_submodule(path)
+    expected = module.get_parameter(leaf).shape
+    if tuple(expected) != tuple(value.shape):
+        raise BadFile(
+            f"shape {tuple(value.shape)} where the architecture wants {tuple(expected)}",
+            where=name,
+            fix="config.json and the weights do not belong together",
+        )
+    module._parameters[leaf] = nn.Parameter(value.to(device, dtype), requires_grad=False)
+
+
+def _scaled(logits: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """The three ways transformers' models bend their logits: a cap, a factor, a divisor."""
+    cap, factor, divisor = (
+        config.get(k) for k in ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    )
+    if factor:
+        logits = logits * float(factor)
+    if divisor:
+        logits = logits / float(divisor)
+    return torch.tanh(logits / cap) * cap if cap else logits
+
+
+class _hooks:
+    """Forward pre-hooks by path, gone when the block of code ends."""
+
+    def __init__(self, hooks: Mapping[str, Callable[..., Any]], module: nn.Module) -> None:
+        self._wanted, self._module = hooks, module
+
+    def __enter__(self) -> None:
+        self._handles: Sequence[Any] = [
+            self._module.get_submodule(path).register_forward_pre_hook(hook)
+            for path, hook in self._wanted.items()
+        ]
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
