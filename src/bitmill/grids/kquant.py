@@ -1,0 +1,229 @@
+"""llama.cpp's legacy blocks and K-quants (Kawrakow, llama.cpp PR #1684): small blocks, scales of scales.
+
+``round`` is llama.cpp's own search, to the byte, with and without an importance vector ("imatrix"); ``encode``
+is nearest rounding against given parameters, which is what a solver with its own idea of codes needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitmill.core.axes import ScalarGrid
+from bitmill.core.errors import Unsolvable
+from bitmill.core.types import Params, Quantized
+from bitmill.numerics import ggml_search as search
+from bitmill.numerics.blocks import TYPES
+
+_NAMES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q6_k")
+_HALF = {"q4_0": 8, "q5_0": 16, "q8_0": 0, "q6_k": 32}
+_TOP = {"q4_0": 15, "q4_1": 15, "q5_0": 31, "q5_1": 31, "q4_k": 15, "q6_k": 63}
+
+
+@final
+@dataclass(frozen=True)
+class KQuant(ScalarGrid):
+    """One of llama.cpp's block types.
+
+    Codes are ``out in``, unsigned as stored (int8 for ``q8_0``). Parameters are float32 holding half-precision
+    values, and integers a sub-block:
+
+    * ``q4_0 q5_0 q8_0``: ``d`` (``out in/32``); value = d · (code − half), half = 8, 16, 0.
+    * ``q4_1 q5_1``: ``d m`` (``out in/32``); value = d · code + m.
+    * ``q4_k``: ``d dmin`` (``out in/256``), ``scales mins`` uint8 (``out in/32``); value =
+      d · scale · code − dmin · min.
+    * ``q6_k``: ``d`` (``out in/256``), ``scales`` int8 (``out in/16``); value = d · scale · (code − 32).
+
+    Attributes:
+        type: llama.cpp's name, lower-case.
+    """
+
+    type: str = "q4_k"
+
+    def __post_init__(self) -> None:
+        if self.type not in _NAMES:
+            raise ValueError(f"block type {self.type!r} is not one of {', '.join(_NAMES)}")
+
+    @property
+    def block(self) -> tuple[int, int]:
+        return (1, TYPES[self.type].length)
+
+    @property
+    def span(self) -> tuple[int, int]:
+        return (1, 1)
+
+    @classmethod
+    def parse(cls, text: str) -> KQuant | None:
+        name = text.lower()
+        return cls(name) if name in _NAMES else None
+
+    @classmethod
+    def examples(cls) -> tuple[KQuant, ...]:
+        return tuple(cls(name) for name in _NAMES)
+
+    def __str__(self) -> str:
+        return self.type
+
+    def refuses(self, shape: tuple[int, ...]) -> str | None:
+        if len(shape) != 2:
+            return f"{self} stores matrices, and this tensor has shape {tuple(shape)}; keep it f32 or f16"
+        length = self.block[1]
+        if shape[1] % length == 0:
+            return None
+        remedy = "q4_0, q5_0 and q8_0 (blocks of 32) fit" if shape[1] % 32 == 0 else "f16 and bf16 fit"
+        return f"rows of {shape[1]} values are not whole blocks of {length}, which {self} needs; {remedy}"
+
+    def storage_bits(self, shape: tuple[int, int]) -> int:
+        return 8 * shape[0] * TYPES[self.type].row_bytes(shape[1])
+
+    def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
+        return self.round(w, importance).params
+
+    def encode(self, w: Tensor, params: Params, at: int = 0) -> Tensor:
+        """Nearest codes. −128 is never used in ``q8_0``: some kernels take absolute values in 8 bits. Where a
+        scale is 0 every code has the same value and the one for 0 is written."""
+        step, base = _affine(self.type, params, at, w.shape[1])
+        shifted = w if base is None else w - base
+        steps = torch.where(step == 0, 0.0, shifted / step).round_()
+        if self.type == "q8_0":
+            return steps.clamp_(-127, 127).to(torch.int8)
+        return steps.add_(_HALF.get(self.type, 0)).clamp_(0, _TOP[self.type]).to(torch.uint8)
+
+    def decode(self, codes: Tensor, params: Params, at: int = 0) -> Tensor:
+        step, base = _affine(self.type, params, at, codes.shape[1])
+        value = step * (codes.to(torch.float32) - _HALF.get(self.type, 0))
+        return value if base is None else value + base
+
+    def round(self, w: Tensor, importance: Tensor | None = None) -> Quantized:
+        """llama.cpp's search, whose bytes it reproduces.
+
+        Raises:
+            Unsolvable: a weight is not finite, or so large that a scale does not fit half precision.
+        """
+        out, columns = w.shape
+        x = _blocks(w, self.block[1])
+        if not torch.isfinite(w).all():
+            raise Unsolvable(f"a weight of shape {(out, columns)} holds values that are not finite")
+        weights = (
+            None
+            if importance is None
+            else _blocks(
+                importance.expand(w.shape) if importance.dim() == 2 else importance[None], self.block[1]
+            )
+        )
+        codes, params = _SEARCHES[self.type](self.type, x, weights, out)
+        shaped = {
+            name: torch.from_numpy(value.reshape(out, -1)).to(w.device) for name, value in params.items()
+        }
+        return Quantized(
+            self, torch.from_numpy(codes.reshape(out, columns)).to(w.device), shaped, (out, columns)
+        )
+
+    def step(self, params: Params, at: int, columns: int) -> Tensor:
+        step, _ = _affine(self.type, params, at, columns)
+        return step.abs().expand(-1, columns)
+
+    def scaled(self, params: Params, factor: Tensor) -> Params:
+        return {name: _half(p * factor) if name in ("d", "m", "dmin") else p for name, p in params.items()}
+
+
+def _affine(type: str, params: Params, at: int, columns: int) -> tuple[Tensor, Tensor | None]:
+    """Step and offset of ``columns`` columns from ``at``: ``out columns``, or ``out 1`` inside one block."""
+
+    def spread(name: str, length: int) -> Tensor:
+        first, last = at // length, (at + columns - 1) // length + 1
+        part = params[name][:, first:last]
+        if last - first == 1:
+            return part
+        return part.repeat_interleave(length, 1)[:, at - first * length :][:, :columns]
+
+    if type == "q4_k":
+        step = spread("d", 256) * spread("scales", 32)
+        return step, -(spread("dmin", 256) * spread("mins", 32))
+    if type == "q6_k":
+        return spread("d", 256) * spread("scales", 16), None
+    return spread("d", 32), spread("m", 32) if type in ("q4_1", "q5_1") else None
+
+
+def _half(values: Tensor) -> Tensor:
+    return values.to(torch.float16).to(torch.float32)
+
+
+def _stored(values: np.ndarray) -> np.ndarray:
+    """Float32 values as half precision holds them."""
+    with np.errstate(over="ignore"):
+        rounded = values.astype(np.float16).astype(np.float32)
+    if not np.isfinite(rounded).all():
+        raise Unsolvable(
+            f"a block's scale or minimum, {np.abs(values).max():.3g}, is beyond half precision (65504)",
+            fix="keep this tensor in bf16 or f32, or scale it down",
+        )
+    return rounded
+
+
+def _blocks(values: Tensor, length: int) -> np.ndarray:
+    flat = values.detach().to("cpu", torch.float32).contiguous().numpy()
+    return flat.reshape(-1, length)
+
+
+def _spread(kernel: Callable[..., None], count: int, *arrays: Any) -> None:
+    """Run a compiled kernel over ``count`` blocks on as many threads as torch uses."""
+    workers = max(1, min(torch.get_num_threads(), count // 256))
+    edges = [count * k // workers for k in range(workers + 1)]
+    if workers == 1:
+        kernel(0, count, *arrays)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        for done in [pool.submit(kernel, a, b, *arrays) for a, b in zip(edges, edges[1:], strict=False)]:
+            done.result()
+
+
+_Found = tuple[np.ndarray, dict[str, np.ndarray]]
+
+
+def _search_legacy(type: str, x: np.ndarray, weights: np.ndarray | None, out: int) -> _Found:
+    codes = np.empty(x.shape, np.int8 if type == "q8_0" else np.uint8)
+    d, m = np.empty(len(x), np.float32), np.empty(len(x), np.float32)
+    two_sided = type in _HALF
+    if type == "q8_0":
+        _spread(search.plain_absmax, len(x), x, codes, d)
+    elif weights is not None:
+        power = np.empty(out, np.float32)
+        _spread(search.row_power, out, x.reshape(out, -1), power)
+        span = _HALF[type] if two_sided else _TOP[type]
+        _spread(search.weighted_legacy, len(x), x, weights, power, span, two_sided, codes, d, m)
+    elif two_sided:
+        _spread(search.plain_symmetric, len(x), x, _HALF[type], codes, d)
+    else:
+        _spread(search.plain_affine, len(x), x, _TOP[type], codes, d, m)
+    return codes, {"d": _stored(d)} if two_sided else {"d": _stored(d), "m": _stored(m)}
+
+
+def _search_q4_k(type: str, x: np.ndarray, weights: np.ndarray | None, out: int) -> _Found:
+    count, codes = len(x), np.empty(x.shape, np.uint8)
+    d, dmin = np.empty(count, np.float32), np.empty(count, np.float32)
+    scales, mins = np.empty((count, 8), np.uint8), np.empty((count, 8), np.uint8)
+    weights = np.empty((0, 256), np.float32) if weights is None else weights
+    _spread(search.search_q4_k, count, x, weights, codes, d, dmin, scales, mins)
+    d, dmin = _stored(d), _stored(dmin)
+    _spread(search.settle_q4_k, count, x, d, dmin, scales, mins, codes)
+    return codes, {"d": d, "dmin": dmin, "scales": scales, "mins": mins}
+
+
+def _search_q6_k(type: str, x: np.ndarray, weights: np.ndarray | None, out: int) -> _Found:
+    count, codes = len(x), np.empty(x.shape, np.uint8)
+    d, scales = np.empty(count, np.float32), np.empty((count, 16), np.int8)
+    weights = np.empty((0, 256), np.float32) if weights is None else weights
+    _spread(search.search_q6_k, count, x, weights, codes, d, scales)
+    d = _stored(d)
+    _spread(search.settle_q6_k, count, x, d, scales, codes)
+    return codes, {"d": d, "scales": scales}
+
+
+_SEARCHES = {name: _search_legacy for name in _NAMES} | {"q4_k": _search_q4_k, "q6_k": _search_q6_k}
