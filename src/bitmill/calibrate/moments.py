@@ -37,7 +37,7 @@ class MomentSum:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self) -> None:
-        zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float32, device=self.device)  # noqa: E731
+        zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float32, device=self.device)
         self.tokens = 0
         self._square, self._magnitude, self._absmax = (zeros(self.width) for _ in range(3))
         self._gram = zeros(self.width, self.width) if self.gram else None

@@ -1,0 +1,396 @@
+"""A plan: a recipe resolved against one checkpoint before any weight is read.
+
+Everything a user can get wrong is refused here, with what would work; the predicted bytes are the files' bytes, because
+the same file images are what the mill writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from bitmill.allocation.mixture import Mixture
+from bitmill.allocation.uniform import Uniform
+from bitmill.core import registry
+from bitmill.core.axes import Allocation, Checkpoint, Choice, Container, Grid, Weight, total_bytes
+from bitmill.core.errors import Refused
+from bitmill.core.types import FileImage, Row, TensorFacts
+from bitmill.families.base import LINEAR_ROLES, Family, describe, traits
+from bitmill.recipe import Recipe
+
+BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+BASE_BYTES = 450 << 20  # an interpreter with torch, transformers and numba loaded
+RATE = 90e9  # float32 operations a second a core of a 2024 server; modelled, replaced by nothing measured yet
+STAGED_BYTES = 5 << 28  # 1.25 GiB of activations may be alive at once in a one-pass walk
+MATRIX = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What will be written, row by row, and what it will take.
+
+    Attributes:
+        recipe: what was asked.
+        family: the model's table (``generic`` when there is none).
+        rows: one a tensor.
+        files: every output file to the byte.
+        container: who lays them out.
+        source: digest of the checkpoint.
+        dtype: precision of what is kept.
+        nsamples, seqlen: calibration, when the recipe needs any.
+        needs: ``nothing``, ``diagonal`` or ``gram``.
+        peak_bytes: modelled peak of anonymous memory.
+        seconds: modelled time on this machine's cores.
+        remarks: what a reader must know (an untied head, a seam that is skipped).
+    """
+
+    recipe: Recipe
+    family: Family
+    rows: tuple[Row, ...]
+    files: tuple[FileImage, ...]
+    container: Container
+    source: str
+    dtype: str
+    nsamples: int
+    seqlen: int
+    needs: str
+    peak_bytes: int
+    seconds: float
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def bytes_(self) -> int:
+        """Exact size of the output."""
+        return total_bytes(self.files)
+
+    @property
+    def parameters(self) -> int:
+        """Weights stored."""
+        return sum(math.prod(row.shape) for row in self.rows)
+
+    @property
+    def bpw(self) -> float:
+        """Bits a weight of the whole output, headers and all."""
+        return 8 * self.bytes_ / self.parameters
+
+    @property
+    def bpw_linears(self) -> float:
+        """Bits a weight of the linear layers inside the blocks."""
+        linear = [row for row in self.rows if row.role in LINEAR_ROLES]
+        bits = sum(row.grid.storage_bits((row.shape[0], row.shape[1])) for row in linear)
+        return bits / max(sum(math.prod(row.shape) for row in linear), 1)
+
+    @property
+    def fallbacks(self) -> tuple[Row, ...]:
+        """Rows whose shape forced another grid than the one asked for."""
+        return tuple(row for row in self.rows if row.fallback)
+
+    @property
+    def headline(self) -> tuple[str, ...]:
+        """What matters first: the recipe, how much of it a shape changed, the size, the cost."""
+        lines = [str(self.recipe)]
+        if self.fallbacks:
+            share = sum(math.prod(r.shape) for r in self.fallbacks) / self.parameters
+            kinds = Counter(f"{r.fallback} -> {r.grid}" for r in self.fallbacks)
+            listed = ", ".join(f"{n} x {kind}" for kind, n in kinds.most_common())
+            lines.insert(
+                0, f"shapes force another type on {share:.1%} of the weights ({listed}); --strict refuses this"
+            )
+        lines += self.remarks
+        lines.append(
+            f"{self.bytes_:,} bytes, {self.bpw:.3f} bits a weight ({self.bpw_linears:.3f} in the linear layers)"
+        )
+        lines.append(f"about {self.peak_bytes / 2**30:.1f} GiB of memory and {_minutes(self.seconds)} (modelled)")
+        return tuple(lines)
+
+    @property
+    def digest(self) -> str:
+        """Identity of the output: equal digests write equal bytes."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+    def identity(self) -> dict[str, Any]:
+        """The fields a resumed run must agree on."""
+        return {
+            "recipe": str(self.recipe),
+            "source": self.source,
+            "dtype": self.dtype,
+            "nsamples": self.nsamples,
+            "seqlen": self.seqlen,
+            "bitmill": version("bitmill"),
+            "files": [[f.path, f.bytes_, hashlib.sha256(f.head).hexdigest()] for f in self.files],
+        }
+
+    def explain(self, name: str) -> str:
+        """Why one tensor is stored the way it is.
+
+        Raises:
+            Refused: the model has no such tensor.
+        """
+        for row in self.rows:
+            if row.name == name:
+                return f"{row.name}: {row.grid} ({row.why})" + (f", instead of {row.fallback}" if row.fallback else "")
+        raise Refused(f"the model has no tensor {name!r}", fix="names are Hugging Face's, see `bitmill plan --json`")
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole plan as plain values."""
+        return {
+            "recipe": str(self.recipe),
+            "family": self.family.name,
+            "container": self.recipe.container.replace("_", "-"),
+            "source": self.source,
+            "digest": self.digest,
+            "bytes": self.bytes_,
+            "bpw": self.bpw,
+            "bpw_linears": self.bpw_linears,
+            "parameters": self.parameters,
+            "dtype": self.dtype,
+            "calibration": {"needs": self.needs, "nsamples": self.nsamples, "seqlen": self.seqlen},
+            "peak_bytes": {"value": self.peak_bytes, "evidence": "modelled"},
+            "seconds": {"value": self.seconds, "evidence": "modelled"},
+            "remarks": list(self.remarks),
+            "files": [{"path": f.path, "bytes": f.bytes_} for f in self.files],
+            "rows": [
+                {
+                    "name": r.name,
+                    "role": r.role,
+                    "layer": r.layer,
+                    "shape": list(r.shape),
+                    "grid": str(r.grid),
+                    "solved": r.solved,
+                    "why": r.why,
+                    "fallback": r.fallback,
+                }
+                for r in self.rows
+            ],
+        }
+
+
+def plan(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    out: Path | None = None,
+    *,
+    nsamples: int = 128,
+    seqlen: int = 512,
+    strict: bool = False,
+    calibrated: bool = False,
+) -> Plan:
+    """Resolve ``recipe`` against ``checkpoint``; reads headers only.
+
+    Args:
+        out: where the result would go; its folder must be writable and have room.
+        nsamples, seqlen: calibration windows and their length.
+        strict: refuse when a shape would force another grid.
+        calibrated: whether moments will be there although the solver does not ask for them.
+
+    Raises:
+        Refused: with what, where, why, and what would work.
+    """
+    family = describe(checkpoint.config)
+    container: Container = registry.member("containers", recipe.container)()
+    solver = recipe.make_solver()
+    transforms = recipe.make_transforms()
+    needs = max((solver.needs, *(t.needs for t in transforms)), key=["nothing", "diagonal", "gram"].index)
+    if calibrated and needs == "nothing":
+        needs = "diagonal"
+    dtype = recipe.dtype or source_dtype(checkpoint)
+    remarks = _transform_remarks(recipe, family, checkpoint)
+    facts = dict(checkpoint.tensors)
+    if _needs_own_head(recipe, facts):
+        embed = facts[f"{family.module('embed', None)}.weight"]
+        facts["lm_head.weight"] = TensorFacts("lm_head.weight", embed.shape, embed.dtype)
+    rows = _rows(recipe, family, container, checkpoint, facts, dtype, needs)
+    _refuse_rows(recipe, rows, container, solver, strict)
+    provenance = {"recipe": str(recipe), "source": checkpoint.digest, "version": version("bitmill")}
+    files = container.files(rows, checkpoint, provenance)
+    if out is not None:
+        _refuse_folder(out, total_bytes(files))
+    calibration = (nsamples, seqlen) if needs != "nothing" else (0, 0)
+    peak, seconds = _cost(rows, checkpoint.config, needs, *calibration)
+    return Plan(
+        recipe, family, rows, files, container, checkpoint.digest, dtype, *calibration, needs, peak, seconds, remarks
+    )
+
+
+def source_dtype(checkpoint: Checkpoint) -> str:
+    """Precision most of the source's matrices are stored in: what is kept keeps it."""
+    sizes: Counter[str] = Counter()
+    for fact in checkpoint.tensors.values():
+        if len(fact.shape) == MATRIX:
+            sizes[fact.dtype] += math.prod(fact.shape)
+    return sizes.most_common(1)[0][0] if sizes else "f32"
+
+
+def staged_bytes(config: Mapping[str, Any], tokens: int) -> int:
+    """Activations alive at once when a whole block sees every calibration token in one pass."""
+    width, middle = int(config["hidden_size"]), int(config.get("intermediate_size") or 4 * config["hidden_size"])
+    return tokens * (6 * width + 3 * middle) * 4
+
+
+def _needs_own_head(recipe: Recipe, facts: Mapping[str, TensorFacts]) -> bool:
+    rotates = any("residual" in t.seams() for t in recipe.make_transforms())
+    return rotates and "lm_head.weight" not in facts
+
+
+def _transform_remarks(recipe: Recipe, family: Family, checkpoint: Checkpoint) -> tuple[str, ...]:
+    remarks: list[str] = []
+    for call, transform in zip(recipe.transforms, recipe.make_transforms(), strict=True):
+        if not family.seams:
+            raise Refused(
+                f"{call.name} needs to know what may be folded where, and there is no table for "
+                f"{checkpoint.config.get('model_type')!r}",
+                fix=f"drop {call.name} from the recipe; the solver works without it",
+            )
+        usable = []
+        for name in transform.seams():
+            seam = family.seam(name)
+            if seam is None or transform.kind not in seam.allows:
+                remarks.append(f"{call.name}: {family.name} has no {name} seam that takes a {transform.kind} map; skipped")
+            elif name == "value" and transform.kind == "diagonal" and not _one_to_one(checkpoint.config):
+                remarks.append(f"{call.name}: the value seam is skipped, its heads are shared between queries")
+            else:
+                usable.append(name)
+        if not usable:
+            raise Refused(f"{call.name} finds no seam to fold at in {family.name}", fix=f"drop {call.name}")
+    if _needs_own_head(recipe, checkpoint.tensors):
+        remarks.append("the tied head gets a matrix of its own: a rotated embedding and a rotated head differ")
+    return tuple(remarks)
+
+
+def _one_to_one(config: Mapping[str, Any]) -> bool:
+    facts = traits(config)
+    return facts["heads"] == facts["kv_heads"]
+
+
+def _rows(
+    recipe: Recipe,
+    family: Family,
+    container: Container,
+    checkpoint: Checkpoint,
+    facts: Mapping[str, TensorFacts],
+    dtype: str,
+    needs: str,
+) -> tuple[Row, ...]:
+    allocation: Allocation = Mixture(recipe.grid) if recipe.is_mixture else Uniform(recipe.grid)
+    model = {**traits(checkpoint.config), "imatrix": int(needs != "nothing")}
+    model["tied"] = int("lm_head.weight" not in facts)
+    roles = dict(recipe.roles)
+    rows = []
+    for name, fact in facts.items():
+        role, layer = family.role(name)
+        if role == "linear" and (len(fact.shape) != MATRIX or not name.endswith(".weight")):
+            role = "other"
+        weight = Weight(name, role, layer, fact.shape, model["layers"], model)
+        choice = None
+        if role in recipe.keep or len(fact.shape) != MATRIX:
+            why = "kept: asked for" if role in recipe.keep else "kept: not a matrix"
+        elif role in roles:
+            choice, why = Choice(roles[role], f"{role}={roles[role]}"), ""
+        else:
+            choice, why = allocation.choose(weight), "kept: not a weight of a block"
+        if choice is None:
+            grid = registry.parse_grid(container.default_grid(dtype, role))
+            rows.append(Row(name, role, layer, fact.shape, grid, False, why))
+        else:
+            rows.append(_placed(recipe, container, weight, choice, dtype))
+    return tuple(rows)
+
+
+def _placed(recipe: Recipe, container: Container, weight: Weight, choice: Choice, dtype: str) -> Row:
+    grid = container.adapt(registry.parse_grid(choice.grid), dtype)
+    fallback, why = choice.fallback, choice.why
+    refusal = grid.refuses(weight.shape)
+    if refusal is not None and recipe.fallback is not None:
+        fallback, why = str(grid), f"fallback: {refusal}"
+        grid = container.adapt(registry.parse_grid(recipe.fallback), dtype)
+        refusal = grid.refuses(weight.shape)
+    if refusal is not None:
+        raise Refused(
+            f"{grid} cannot hold a weight of shape {list(weight.shape)}: {refusal}",
+            where=weight.name,
+            fix=f"say what such weights get instead, e.g. fallback={_roomy(grid)}, or keep={weight.role}",
+        )
+    return Row(weight.name, weight.role, weight.layer, weight.shape, grid, weight.role in LINEAR_ROLES, why, fallback)
+
+
+def _roomy(grid: Grid) -> str:
+    """A grid of the same world that takes nearly any shape: what a refusal proposes."""
+    return "q8_0" if str(grid).startswith("q") else "int8-channel-sym"
+
+
+def _refuse_rows(recipe: Recipe, rows: Sequence[Row], container: Container, solver: Any, strict: bool) -> None:
+    for row in rows:
+        reason = container.refuses(row.grid, row.role, row.shape)
+        if reason is not None:
+            raise Refused(
+                f"{recipe.container.replace('_', '-')} cannot hold {row.grid} as {row.role}: {reason}", where=row.name
+            )
+        reason = solver.refuses(row.grid) if row.solved else None
+        if reason is not None:
+            raise Refused(f"{recipe.solver} cannot place weights on {row.grid}: {reason}", where=row.name)
+    if not any(row.solved for row in rows) and not str(recipe.grid).lower() in BYTES:
+        raise Refused(
+            "the recipe leaves every weight as it is",
+            fix="shorten keep=…, or check that this architecture's weights are under model.layers",
+        )
+    fallbacks = [row for row in rows if row.fallback]
+    if strict and fallbacks:
+        first = fallbacks[0]
+        raise Refused(
+            f"--strict: shapes force another type on {len(fallbacks)} of {len(rows)} tensors",
+            where=f"{first.name}: {first.fallback} -> {first.grid}, shape {list(first.shape)}",
+            fix="choose types whose block divides the row, e.g. 32-blocks (q4_0, q8_0), or drop --strict",
+        )
+
+
+def _refuse_folder(out: Path, bytes_: int) -> None:
+    folder = out.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise Refused(f"cannot write into {str(folder)!r}", where=str(out), fix="choose another -o")
+    free = shutil.disk_usage(folder).free
+    if free < bytes_ + (64 << 20):
+        raise Refused(
+            f"{bytes_:,} bytes to write and {free:,} free", where=str(folder), fix="free some space, or choose another -o"
+        )
+
+
+def _cost(
+    rows: Sequence[Row], config: Mapping[str, Any], needs: str, nsamples: int, seqlen: int
+) -> tuple[int, float]:
+    """Peak bytes and seconds of the walk, from shapes alone."""
+    blocks: Counter[int] = Counter()
+    for row in rows:
+        if row.layer is not None:
+            blocks[row.layer] += math.prod(row.shape)
+    block = 4 * max(blocks.values(), default=0)
+    matrices = [row for row in rows if row.solved]
+    widest = max((row.shape[1] for row in matrices), default=0)
+    largest = max((math.prod(row.shape) for row in matrices), default=0)
+    cores = os.cpu_count() or 1
+    weights = sum(math.prod(row.shape) for row in matrices)
+    if needs == "nothing":
+        return BASE_BYTES + 16 * min(largest, 1 << 26), 2.0 + weights / (4e6 * cores)
+    tokens = nsamples * seqlen
+    hidden = 2 * tokens * int(config["hidden_size"]) * 4
+    activations = min(staged_bytes(config, tokens), STAGED_BYTES)
+    grams = 4 * 4 * widest * widest if needs == "gram" else 0
+    layers = max(len(blocks), 1)
+    operations = 4 * weights * tokens + (2 * tokens * 3 * widest * widest * layers if needs == "gram" else 0)
+    solving = sum(2 * math.prod(row.shape) * row.shape[1] for row in matrices) if needs == "gram" else 0
+    return BASE_BYTES + block + hidden + activations + grams, 5.0 + (operations + solving) / (RATE * cores)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+

@@ -1,0 +1,327 @@
+"""A recipe: what the user wants, in one line that reads as the sentence it is.
+
+    awq + gptq(damp=0.01) : int4-g128-asym > compressed-tensors
+    nearest : Q4_K_M > gguf
+    gptq : q4_0, embed=q8_0, keep=v+down > gguf
+
+``transforms + solver : grid-or-mixture, options > container``. Parsing and printing round-trip; known names
+(``Q4_K_M``, ``W4A16``, ``nf4``) are recipes in a table; long ones live in TOML files with the same keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitmill.allocation.mixture import Mixture
+from bitmill.core import registry
+from bitmill.core.axes import Grid, Solver, Transform
+from bitmill.core.errors import BadRecipe
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Value = bool | int | float | str
+
+ROLES = ("embed", "head", "q", "k", "v", "o", "gate", "up", "down", "router", "linear")
+"""Roles that an option may name: ``embed=q8_0`` stores them on another grid, ``keep=v+down`` leaves them dense."""
+
+DTYPES = ("f32", "f16", "bf16")
+
+KNOWN: Mapping[str, str] = {
+    **{name.lower(): f"nearest : {name} > gguf" for name in Mixture.names()},
+    "f16": "nearest : f16 > gguf",
+    "bf16": "nearest : bf16 > gguf",
+    "w8a16": "nearest : int8-channel-sym > compressed-tensors",
+    "w4a16": "gptq : int4-g128-sym > compressed-tensors",
+    "w4a16-asym": "gptq : int4-g128-asym > compressed-tensors",
+    "w3a16": "gptq : int3-g128-sym > compressed-tensors",
+    "w2a16": "gptq : int2-g128-sym > compressed-tensors",
+    "gptq": "gptq : int4-g128-sym > gptq",
+    "gptq-int4": "gptq : int4-g128-sym > gptq",
+    "gptq-int4-g128": "gptq : int4-g128-sym > gptq",
+    "gptq-int4-g64": "gptq : int4-g64-sym > gptq",
+    "gptq-int4-g32": "gptq : int4-g32-sym > gptq",
+    "gptq-int3-g128": "gptq : int3-g128-sym > gptq",
+    "gptq-int2-g64": "gptq : int2-g64-sym > gptq",
+    "gptq-int8": "gptq : int8-g128-sym > gptq",
+    "awq": "awq + clip : int4-g128-asym > compressed-tensors",
+    "awq-gptq": "awq + gptq : int4-g128-asym > compressed-tensors",
+    "hqq": "hqq : int4-g64-fz > bitmill",
+    "nf4": "nearest : nf4-b64-dq > bitmill",
+    "fp4": "nearest : fp4-b64 > bitmill",
+    "fp8": "nearest : fp8-e4m3-channel > compressed-tensors",
+    "fp8-tensor": "nearest : fp8-e4m3-tensor > compressed-tensors",
+    "fp8-block": "nearest : fp8-e4m3-b128 > compressed-tensors",
+    "mxfp8": "nearest : mxfp8, dtype=bf16 > compressed-tensors",
+    "mxfp4": "gptq : mxfp4, dtype=bf16 > compressed-tensors",
+    "nvfp4": "gptq : nvfp4, dtype=bf16 > compressed-tensors",
+    "nvfp4a16": "gptq : nvfp4, dtype=bf16 > compressed-tensors",
+    "e8p": "hadamard + gptq : e8p > bitmill",
+}
+"""Names people already use, in lower case with ``-``, and the recipe each stands for."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A member of an axis with the options that were set: ``gptq(damp=0.05)``."""
+
+    name: str
+    options: tuple[tuple[str, Value], ...] = ()
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in self.options)
+        return f"{self.name}({shown})" if shown else self.name
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the user wants; frozen, comparable, printable.
+
+    Attributes:
+        transforms: changes of basis, in order.
+        solver: which codes.
+        grid: a grid's canonical text, or the name of a mixture.
+        roles: grids for single roles, ``(("embed", "q8_0"), …)``.
+        keep: roles that stay dense.
+        fallback: grid for a shape that the grid refuses; None refuses the plan.
+        dtype: precision of what is kept and of scales; None follows the source.
+        container: file layout.
+    """
+
+    transforms: tuple[Call, ...]
+    solver: Call
+    grid: str
+    container: str
+    roles: tuple[tuple[str, str], ...] = ()
+    keep: tuple[str, ...] = ()
+    fallback: str | None = None
+    dtype: str | None = None
+
+    def __str__(self) -> str:
+        axes = " + ".join(str(c) for c in (*self.transforms, self.solver))
+        options = [f"{role}={grid}" for role, grid in self.roles]
+        options += [f"keep={'+'.join(self.keep)}"] if self.keep else []
+        options += [f"fallback={self.fallback}"] if self.fallback else []
+        options += [f"dtype={self.dtype}"] if self.dtype else []
+        return f"{axes} : {', '.join([self.grid, *options])} > {self.container.replace('_', '-')}"
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether the grid is chosen by a mixture's rules rather than uniform."""
+        return self.grid in Mixture.names()
+
+    def make_solver(self) -> Solver:
+        """The solver, with its options."""
+        return make("solvers", self.solver)
+
+    def make_transforms(self) -> tuple[Transform, ...]:
+        """The transforms, with their options."""
+        return tuple(make("transforms", call) for call in self.transforms)
+
+
+def parse(text: str) -> Recipe:
+    """A recipe from a known name, a one-line recipe, a bare grid, or the path of a TOML file.
+
+    Raises:
+        BadRecipe: with the part that is wrong and the closest spelling.
+    """
+    text = text.strip()
+    if text.lower().endswith(".toml"):
+        return from_toml(Path(text))
+    key = text.lower().replace("_", "-")
+    known = {name.replace("_", "-"): recipe for name, recipe in KNOWN.items()}
+    if key in known:
+        return parse(known[key])
+    if not text:
+        raise BadRecipe("the recipe is empty", fix="for example: Q4_K_M, or gptq : int4-g128-asym")
+    return _parse_line(text, known)
+
+
+def _parse_line(text: str, known: Mapping[str, str]) -> Recipe:
+    body, _, container = text.partition(">")
+    axes, colon, rest = body.partition(":")
+    if not colon:
+        axes, rest = "nearest", body
+        if not _is_grid(_split(rest)[0]):
+            close = difflib.get_close_matches(text.lower().replace("_", "-"), known, n=2)
+            hint = f"did you mean {' or '.join(close)}?" if close else "see `bitmill recipes`"
+            raise BadRecipe(f"no recipe or grid is called {text!r}", fix=hint)
+    calls = [_call(part) for part in _split(axes, "+")]
+    *transforms, solver = calls
+    for call in transforms:
+        make("transforms", call)
+    made = make("solvers", solver)
+    head, *options = _split(rest)
+    return _with_options(tuple(transforms), solver, _grid_text(head, made), options, container.strip())
+
+
+def _with_options(
+    transforms: tuple[Call, ...], solver: Call, grid: str, options: list[str], container: str
+) -> Recipe:
+    roles: list[tuple[str, str]] = []
+    fields: dict[str, Any] = {}
+    for option in options:
+        key, equals, value = (part.strip() for part in option.partition("="))
+        key, value = key.lower(), value.lower()
+        if not equals:
+            raise BadRecipe(f"option {option!r} has no value", fix="options read key=value, e.g. embed=q8_0")
+        if key in ROLES:
+            roles.append((key, str(registry.parse_grid(value))))
+        elif key == "keep":
+            fields["keep"] = tuple(_role(r) for r in value.split("+"))
+        elif key == "fallback":
+            fields["fallback"] = str(registry.parse_grid(value))
+        elif key == "dtype":
+            if value not in DTYPES:
+                raise BadRecipe(f"dtype={value!r}", fix=f"one of {', '.join(DTYPES)}")
+            fields["dtype"] = value
+        else:
+            raise BadRecipe(f"unknown option {key!r}", where=option, fix=_closest(key, [*ROLES, "keep", "fallback", "dtype"]))
+    name = _container(container, grid)
+    return Recipe(transforms, solver, grid, name, tuple(roles), **fields)
+
+
+def from_toml(path: Path) -> Recipe:
+    """A recipe file: ``recipe = "…"``, or the keys ``transforms solver grid container keep fallback dtype`` and a
+    table ``[roles]``. Unknown keys are errors.
+
+    Raises:
+        BadRecipe: the file does not exist, does not parse, or holds an unknown key.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadRecipe(f"cannot read {str(path)!r}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadRecipe(f"not a TOML file: {error}", where=str(path)) from error
+    allowed = ["recipe", "transforms", "solver", "grid", "container", "keep", "fallback", "dtype", "roles"]
+    for key in table:
+        if key not in allowed:
+            raise BadRecipe(f"unknown key {key!r}", where=str(path), fix=_closest(key, allowed))
+    if "recipe" in table:
+        return parse(str(table["recipe"]))
+    if "grid" not in table:
+        raise BadRecipe("the file names no grid", where=str(path), fix='add a line such as grid = "int4-g128-asym"')
+    transforms = table.get("transforms", [])
+    axes = " + ".join([*(transforms if isinstance(transforms, list) else [transforms]), table.get("solver", "nearest")])
+    options = [f"{role}={grid}" for role, grid in table.get("roles", {}).items()]
+    keep = table.get("keep", [])
+    options += [f"keep={'+'.join(keep if isinstance(keep, list) else [keep])}"] if keep else []
+    options += [f"{key}={table[key]}" for key in ("fallback", "dtype") if key in table]
+    container = f" > {table['container']}" if "container" in table else ""
+    return parse(f"{axes} : {', '.join([str(table['grid']), *options])}{container}")
+
+
+def make(axis: str, call: Call) -> Any:
+    """The member of ``axis`` that ``call`` names, built with its options.
+
+    Raises:
+        BadRecipe: unknown name or option, or a value the member rejects.
+    """
+    cls = registry.member(axis, call.name)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    for key, _ in call.options:
+        if key not in fields:
+            hint = _closest(key, list(fields)) if fields else "it takes no options"
+            raise BadRecipe(f"{call.name} has no option {key!r}", where=str(call), fix=hint)
+    try:
+        return cls(**dict(call.options))
+    except (TypeError, ValueError) as error:
+        raise BadRecipe(f"{call}: {error}", fix="see `bitmill recipes`") from error
+
+
+def _call(text: str) -> Call:
+    match = re.fullmatch(r"\s*([A-Za-z][\w-]*)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
+    if match is None:
+        raise BadRecipe(f"cannot read {text.strip()!r}", fix="write name or name(option=value, …)")
+    options: list[tuple[str, Value]] = []
+    for part in _split(match[2] or ""):
+        key, equals, value = (p.strip() for p in part.partition("="))
+        if not equals:
+            raise BadRecipe(f"option {part!r} of {match[1]!r} has no value", fix="write name(option=value)")
+        options.append((key.lower().replace("-", "_"), _value(value)))
+    return Call(match[1].lower().replace("-", "_"), tuple(options))
+
+
+def _value(text: str) -> Value:
+    lowered = text.lower()
+    if lowered in ("true", "yes", "on"):
+        return True
+    if lowered in ("false", "no", "off"):
+        return False
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text.strip("'\"")
+
+
+def _split(text: str, separator: str = ",") -> list[str]:
+    """Parts at the top level, outside parentheses."""
+    parts, depth, start = [], 0, 0
+    for i, char in enumerate(text):
+        depth += (char == "(") - (char == ")")
+        if char == separator and depth == 0:
+            parts.append(text[start:i])
+            start = i + 1
+    parts.append(text[start:])
+    return [part.strip() for part in parts if part.strip()] or [""]
+
+
+def _grid_text(text: str, solver: Solver) -> str:
+    mixtures = {name.lower(): name for name in Mixture.names()}
+    lowered = text.strip().lower()
+    named = mixtures.get(lowered) or mixtures.get(lowered.replace("-", "_"))
+    if named is not None:  # q4_0 is both a block type and llama.cpp's mixture of that name: the mixture is meant
+        return named
+    if not lowered:
+        raise BadRecipe("the recipe names no grid", fix="for example: gptq : int4-g128-asym")
+    return str(registry.parse_grid(solver.prefers(lowered)))
+
+
+def _find_grid(text: str) -> Grid | None:
+    for cls in registry.members("grids").values():
+        grid = cls.parse(text)
+        if grid is not None:
+            return grid
+    return None
+
+
+def _is_grid(text: str) -> bool:
+    lowered = text.strip().lower()
+    return _find_grid(lowered) is not None or lowered in {n.lower() for n in Mixture.names()}
+
+
+def _container(text: str, grid: str) -> str:
+    if text:
+        registry.member("containers", text)
+        return text.lower().replace("-", "_")
+    if grid in Mixture.names():
+        return "gguf"
+    value = registry.parse_grid(grid)
+    for name in ("gguf", "compressed_tensors", "bitmill"):
+        if registry.member("containers", name)().refuses(value, "q", (256, 256)) is None:
+            return name
+    raise BadRecipe(f"no container holds {grid!r}", fix="name one after '>'")
+
+
+def _role(text: str) -> str:
+    role = text.strip()
+    if role not in ROLES:
+        raise BadRecipe(f"unknown role {role!r} in keep", fix=_closest(role, list(ROLES)))
+    return role
+
+
+def _closest(text: str, among: list[str]) -> str:
+    close = difflib.get_close_matches(text, among, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"one of: {', '.join(among)}"
