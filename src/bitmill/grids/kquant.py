@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, final
 
 import numpy as np
@@ -23,6 +24,7 @@ from bitmill.numerics.blocks import TYPES
 
 _NAMES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q6_k")
 _HALF = {"q4_0": 8, "q5_0": 16, "q8_0": 0, "q6_k": 32}
+_LARGEST = 65504.0 * 128 * 32  # the widest block, q6_k's; squares of what is beyond would overflow the search
 _TOP = {"q4_0": 15, "q4_1": 15, "q5_0": 31, "q5_1": 31, "q4_k": 15, "q6_k": 63}
 
 
@@ -107,23 +109,13 @@ class KQuant(ScalarGrid):
             Unsolvable: a weight is not finite, or so large that a scale does not fit half precision.
         """
         out, columns = w.shape
+        _check(self.type, w, importance)
         x = _blocks(w, self.block[1])
-        if not torch.isfinite(w).all():
-            raise Unsolvable(f"a weight of shape {(out, columns)} holds values that are not finite")
-        weights = (
-            None
-            if importance is None
-            else _blocks(
-                importance.expand(w.shape) if importance.dim() == 2 else importance[None], self.block[1]
-            )
-        )
-        codes, params = _SEARCHES[self.type](self.type, x, weights, out)
-        shaped = {
-            name: torch.from_numpy(value.reshape(out, -1)).to(w.device) for name, value in params.items()
-        }
-        return Quantized(
-            self, torch.from_numpy(codes.reshape(out, columns)).to(w.device), shaped, (out, columns)
-        )
+        told = None if importance is None else _blocks(importance, self.block[1])
+        codes, params = _SEARCHES[self.type](self.type, x, told, out)
+        shaped = {name: torch.from_numpy(p.reshape(out, -1)).to(w.device) for name, p in params.items()}
+        on_grid = torch.from_numpy(codes.reshape(out, columns)).to(w.device)
+        return Quantized(self, on_grid, shaped, (out, columns))
 
     def step(self, params: Params, at: int, columns: int) -> Tensor:
         step, _ = _affine(self.type, params, at, columns)
@@ -151,6 +143,28 @@ def _affine(type: str, params: Params, at: int, columns: int) -> tuple[Tensor, T
     return spread("d", 32), spread("m", 32) if type in ("q4_1", "q5_1") else None
 
 
+def _check(type: str, w: Tensor, importance: Tensor | None) -> None:
+    where = f"a weight of shape {tuple(w.shape)} on its way to {type}"
+    if not torch.isfinite(w).all():
+        raise Unsolvable("the weight holds values that are not finite", where=where)
+    if w.numel() and w.abs().max() > _LARGEST:
+        raise _too_large(float(w.abs().max()), where)
+    if importance is None:
+        return
+    if importance.shape not in (w.shape, w.shape[1:]):
+        raise ValueError(f"importance of shape {tuple(importance.shape)} does not fit {where}")
+    if not (torch.isfinite(importance).all() and (importance >= 0).all()):
+        raise Unsolvable("the importance holds values that are negative or not finite", where=where)
+
+
+def _too_large(value: float, where: str | None = None) -> Unsolvable:
+    return Unsolvable(
+        f"{value:.3g} needs a scale or minimum beyond half precision (65504)",
+        where=where,
+        fix="keep this tensor in bf16 or f32",
+    )
+
+
 def _half(values: Tensor) -> Tensor:
     return values.to(torch.float16).to(torch.float32)
 
@@ -160,10 +174,7 @@ def _stored(values: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         rounded = values.astype(np.float16).astype(np.float32)
     if not np.isfinite(rounded).all():
-        raise Unsolvable(
-            f"a block's scale or minimum, {np.abs(values).max():.3g}, is beyond half precision (65504)",
-            fix="keep this tensor in bf16 or f32, or scale it down",
-        )
+        raise _too_large(float(np.abs(values).max()))
     return rounded
 
 
@@ -180,7 +191,7 @@ def _spread(kernel: Callable[..., None], count: int, *arrays: Any) -> None:
         kernel(0, count, *arrays)
         return
     with ThreadPoolExecutor(workers) as pool:
-        for done in [pool.submit(kernel, a, b, *arrays) for a, b in zip(edges, edges[1:], strict=False)]:
+        for done in [pool.submit(kernel, a, b, *arrays) for a, b in pairwise(edges)]:
             done.result()
 
 

@@ -1,0 +1,112 @@
+"""K-quants and legacy blocks against libgguf, byte for byte: llama.cpp's quantizers under another roof."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import libgguf
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bitmill.grids.kquant import KQuant
+from bitmill.numerics.blocks import pack, unpack
+
+NAMES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q6_k")
+REAL = Path(__file__).parent.parent / "golden" / "kquant_rows.npy"
+WIDTH = 768
+
+
+def _theirs(name: str, w: Tensor, importance: Tensor | None) -> np.ndarray:
+    vector = None if importance is None else importance.numpy()
+    return libgguf.quantize_rows(w.numpy(), int(gguf.GGMLQuantizationType[name.upper()]), vector)
+
+
+def _ours(name: str, w: Tensor, importance: Tensor | None) -> np.ndarray:
+    quantized = KQuant(name).round(w, importance)
+    return pack(name, quantized.codes, quantized.params)
+
+
+def _degenerate() -> Tensor:
+    rng = np.random.default_rng(3)
+    at, noise = np.arange(WIDTH), rng.standard_normal(WIDTH)
+    rows = {
+        "zeros": 0 * noise,
+        "positive constant": np.full(WIDTH, 0.5),
+        "negative constant": np.full(WIDTH, -0.25),
+        "negative only": -np.abs(noise),
+        "positive only": np.abs(noise),
+        "ties of both signs": np.where(at % 2, 0.7, -0.7),
+        "one outlier a block": np.where(at % 32 == 5, 100.0, 0.0),
+        "one outlier a row": np.where(at == 300, -1e4, noise),
+        "huge": noise * 1e4,
+        "near the end of half precision": np.full(WIDTH, 6e4),
+        "small": noise * 1e-6,
+        "scale 0 in half precision": noise * 1e-8,
+        "at the threshold": noise * 1e-15,
+        "tiny": noise * 1e-30,
+        "subnormal": noise * 1e-41,
+        "one subnormal": np.where(at == 40, 1e-39, 0.0),
+        "loud and quiet sub-blocks": np.where(at % 256 < 32, noise, noise * 1e-5),
+        "narrow around 1": 1 + 1e-4 * noise,
+        "ramp": at * 1.0,
+        "falling ramp": -at * 1.0,
+    }
+    return torch.tensor(np.stack(list(rows.values())), dtype=torch.float32)
+
+
+def _rows(kind: str) -> Tensor:
+    if kind == "real":
+        return torch.from_numpy(np.load(REAL, allow_pickle=False).astype(np.float32))
+    if kind == "degenerate":
+        return _degenerate()
+    return torch.randn(200, WIDTH, generator=torch.Generator().manual_seed(5))
+
+
+def _importance(kind: str) -> Tensor | None:
+    if kind == "none":
+        return None
+    values = 10 * torch.rand(WIDTH, generator=torch.Generator().manual_seed(9)) ** 4
+    if kind == "with zeros":
+        values[::7] = 0
+        values[256:288] = 0
+    return values * 1e-12 if kind == "tiny" else values
+
+
+@pytest.mark.parametrize("importance", ["none", "usual", "with zeros", "tiny"])
+@pytest.mark.parametrize("rows", ["real", "degenerate", "gaussian"])
+@pytest.mark.parametrize("name", NAMES)
+def test_bytes_are_llama_cpps(name: str, rows: str, importance: str) -> None:
+    w, weights = _rows(rows), _importance(importance)
+    differing = (_ours(name, w, weights) != _theirs(name, w, weights)).any(1).nonzero()[0]
+    assert differing.tolist() == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_other_lengths(name: str) -> None:
+    length = KQuant(name).block[1]
+    for blocks in (1, 2, 5, 9):
+        w = torch.randn(3, length * blocks, generator=torch.Generator().manual_seed(blocks))
+        weights = torch.rand(length * blocks, generator=torch.Generator().manual_seed(blocks))
+        assert np.array_equal(_ours(name, w, None), _theirs(name, w, None))
+        assert np.array_equal(_ours(name, w, weights), _theirs(name, w, weights))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_importance_of_its_own_for_every_row(name: str) -> None:
+    w = _rows("real")
+    weights = torch.rand(w.shape, generator=torch.Generator().manual_seed(2)) ** 2
+    theirs = [_theirs(name, w[r : r + 1], weights[r].clone()) for r in range(len(w))]
+    assert np.array_equal(_ours(name, w, weights), np.concatenate(theirs))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("rows", ["real", "degenerate"])
+def test_decoding_is_the_gguf_packages(name: str, rows: str) -> None:
+    raw = _theirs(name, _rows(rows), None)
+    codes, params = unpack(name, raw)
+    theirs = gguf.dequantize(raw, gguf.GGMLQuantizationType[name.upper()])
+    assert np.array_equal(KQuant(name).decode(codes, params).numpy(), theirs)
+    assert np.array_equal(pack(name, codes, params), raw)
