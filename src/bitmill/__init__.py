@@ -1,0 +1,32 @@
+"""Bitmill: quantize any language model with any method into the file your runtime already loads, and measure the cost.
+
+    import bitmill
+    bitmill.quantize("smollm2", "gptq : q4_0 > gguf", out="smollm2.gguf")
+    bitmill.measure("smollm2.gguf", against="smollm2")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_PUBLIC = {
+    "quantize": "bitmill.mill",
+    "Report": "bitmill.mill",
+    "plan": "bitmill.planning",
+    "Plan": "bitmill.planning",
+    "Recipe": "bitmill.recipe",
+    "parse": "bitmill.recipe",
+    "open_source": "bitmill.source",
+    "load": "bitmill.run.load",
+    "measure": "bitmill.measurement.measure",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    """Public names, imported when first used: ``import bitmill`` costs no torch."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'bitmill' has no attribute {name!r}")
+    return vars(import_module(_PUBLIC[name]))[name]

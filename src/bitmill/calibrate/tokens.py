@@ -1,0 +1,60 @@
+"""The calibration tokens of one run: where they come from, how many, their hash; the same for the same arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitmill.core.axes import Checkpoint
+from bitmill.core.errors import Refused
+from bitmill.core.types import Note
+
+MATRIX = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Token ids ``n T`` and the facts about them that the report repeats."""
+
+    tokens: Tensor
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[Note, ...] = ()
+
+    @classmethod
+    def none(cls) -> Calibration:
+        """No calibration."""
+        return cls(torch.empty(0, 0, dtype=torch.int64))
+
+
+def calibration_tokens(
+    source: Checkpoint,
+    calib: Sequence[str] | str | Tensor | None,
+    *,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    chat: bool,
+    progress: Callable[[str, int, int, str], None],
+) -> Calibration:
+    """Windows of token ids for ``source``.
+
+    Args:
+        calib: texts by name or path, token ids as they are, or None for the default mixture.
+
+    Raises:
+        Refused: no text, or less than a window of it.
+    """
+    if isinstance(calib, Tensor):
+        return _given(calib)
+    raise Refused("no corpus")
+
+
+def _given(tokens: Tensor) -> Calibration:
+    if tokens.dim() != MATRIX or tokens.numel() == 0:
+        raise Refused(f"calibration tokens have shape {tuple(tokens.shape)}", fix="pass ids of shape samples × length")
+    facts = {"source": "token ids", "windows": tokens.shape[0], "window": tokens.shape[1], "tokens": tokens.numel()}
+    return Calibration(tokens.long(), facts)
