@@ -1,0 +1,209 @@
+"""Weighted least-squares fits of quantization ranges, and the small arithmetic the grids share.
+
+The searches minimize ``Σ u (w - ŵ)²`` over a block of weights, where ``u`` is the mean square of each input
+channel (the diagonal of the Hessian) and ``ŵ`` is what the *stored*, rounded parameters decode to. Every
+search starts from the plain rule and replaces it only by something with a smaller error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+SYMMETRIC, INTEGER_ZERO, REAL_ZERO = 0, 1, 2
+
+_CHUNK = 1024
+_PRECISION = {"f16": (11, -24, 65504.0), "bf16": (8, -126, 3.38e38), "f32": (24, -126, 3.40e38)}
+"""Significant bits, exponent of the smallest magnitude kept, largest magnitude."""
+
+
+def stored(x: Tensor, dtype: str) -> Tensor:
+    """``x`` as a scale of ``dtype`` (``f16 bf16 f32``) holds it, in float32: rounded, never 0, never infinite.
+
+    The magnitude stays at or above the smallest one, so that dividing by a stored scale is always defined.
+    """
+    _, low, high = _PRECISION[dtype]
+    torch_dtype = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}[dtype]
+    magnitude = x.to(torch.float32).abs().clamp(2.0**low, high).to(torch_dtype).to(torch.float32)
+    return magnitude.copysign(x)
+
+
+def spread(blocks: Tensor, group: int, at: int, columns: int) -> Tensor:
+    """Per-block values ``out groups`` as columns ``at … at + columns``, or as one column where a single
+    block covers them all (it broadcasts). ``group`` is the block's width, 0 or -1 when there is only one."""
+    if group <= 0 or blocks.shape[1] == 1:
+        return blocks
+    first, last = at // group, (at + columns - 1) // group
+    if first == last:
+        return blocks[:, first : first + 1]
+    index = torch.arange(at, at + columns, device=blocks.device) // group
+    return blocks.index_select(1, index)
+
+
+def weights_of(importance: Tensor, w: Tensor) -> Tensor:
+    """``importance`` as ``1 in`` or ``out in`` float32 of mean 1; all ones when it carries no information."""
+    u = importance.to(torch.float32).reshape(-1, w.shape[1])
+    mean = u.mean()
+    return u / mean if bool(mean > 0) else torch.ones_like(u)
+
+
+def by_rows(rows: int, work: Callable[[int, int], None]) -> None:
+    """``work(first, last)`` over all rows, on as many threads as torch uses; ``work`` releases the GIL."""
+    threads = max(1, min(torch.get_num_threads(), rows))
+    if threads == 1:
+        work(0, rows)
+        return
+    edges = [rows * k // threads for k in range(threads + 1)]
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(work, a, b) for a, b in zip(edges, edges[1:], strict=False)]:
+            done.result()
+
+
+def search_affine(
+    w: Tensor, u: Tensor, scale: Tensor, zero: Tensor, *, bits: int, kind: int, floor: int, dtype: str
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero of ``scale · (code - zero)`` with the least weighted error, block by block.
+
+    Shrinks the plain range in steps, moves the zero beside it, then alternates codes and least squares
+    until nothing improves. For ``SYMMETRIC`` blocks of up to 5 bits negative scales are tried too: they turn
+    the one extra negative level to the side that needs it.
+
+    Args:
+        w: ``out in`` float32; every row holds ``scale.shape[1]`` blocks of equal width.
+        u: ``out in`` or ``1 in`` float32, the weight of each squared error.
+        scale, zero: ``out blocks``, the plain rule's answer, already rounded.
+        bits: width of a code. kind: ``SYMMETRIC``, ``INTEGER_ZERO`` or ``REAL_ZERO``.
+        floor: smallest integer zero. dtype: what the scale (and a real zero) is stored in.
+
+    Returns:
+        ``scale`` and ``zero``, rounded, of the same shapes.
+    """
+    values, weights = w.contiguous().cpu().numpy(), u.contiguous().cpu().numpy()
+    scales, zeros = scale.clone().cpu().numpy(), zero.clone().cpu().numpy()
+    factors = np.linspace(0.3, 1.05, 61, dtype=np.float32)
+    top = 2**bits - 1
+    precision = _PRECISION[dtype]
+
+    def work(first: int, last: int) -> None:
+        _affine_rows(first, last, values, weights, scales, zeros, factors, top, kind, floor, precision)
+
+    by_rows(w.shape[0], work)
+    return torch.from_numpy(scales).to(w.device), torch.from_numpy(zeros).to(w.device)
+
+
+@njit(nogil=True, cache=True)
+def _rounded(x: float, precision: tuple[int, int, float]) -> np.float32:
+    """``x`` to the nearest number with that many significant bits; what :func:`stored` does, one number."""
+    bits, low, high = precision
+    size = min(max(abs(x), 2.0**low), high)
+    _, exponent = math.frexp(size)
+    quantum = math.ldexp(1.0, max(exponent - bits, low))
+    size = min(np.rint(size / quantum) * quantum, high)
+    return np.float32(math.copysign(size, x))
+
+
+@njit(nogil=True, cache=True, fastmath=True)
+def _affine_error(v, u, scale, zero, top) -> float:  # type: ignore[no-untyped-def]
+    total = 0.0
+    inverse = np.float32(1.0) / scale
+    high = np.float32(top)
+    for start in range(0, v.shape[0], _CHUNK):
+        part = np.float32(0.0)
+        for i in range(start, min(start + _CHUNK, v.shape[0])):
+            code = min(max(np.rint(v[i] * inverse + zero), np.float32(0.0)), high)
+            miss = v[i] - scale * (code - zero)
+            part += u[i] * miss * miss
+        total += part
+    return total
+
+
+@njit(nogil=True, cache=True)
+def _affine_refit(v, u, scale, zero, top, kind, floor, precision):  # type: ignore[no-untyped-def]
+    """Least squares for the codes that ``scale`` and ``zero`` give; the old pair where it is singular."""
+    su = suq = suqq = suw = suwq = 0.0
+    for i in range(v.shape[0]):
+        q = min(max(np.rint(np.float64(v[i]) / scale + zero), 0.0), np.float64(top))
+        su += u[i]
+        suq += u[i] * q
+        suqq += u[i] * q * q
+        suw += u[i] * v[i]
+        suwq += u[i] * v[i] * q
+    z = np.float64(zero)
+    if kind != SYMMETRIC:
+        determinant = su * suqq - suq * suq
+        if determinant <= 1e-9 * su * suqq:
+            return scale, zero
+        slope = (su * suwq - suq * suw) / determinant
+        if slope <= 0.0:
+            return scale, zero
+        z = (suq * slope - suw) / (su * slope)
+        if kind == REAL_ZERO:
+            if abs(z) > 2.0 * top:
+                return scale, zero
+            return _rounded(slope, precision), _rounded(z, precision)
+        z = min(max(np.rint(z), np.float64(floor)), np.float64(top))
+    square = suqq - 2.0 * z * suq + z * z * su
+    if square <= 0.0:
+        return scale, zero
+    slope = (suwq - z * suw) / square
+    if slope == 0.0:
+        return scale, zero
+    return _rounded(slope, precision), np.float32(z)
+
+
+@njit(nogil=True, cache=True)
+def _affine_block(v, u, scale, zero, factors, top, kind, floor, precision):  # type: ignore[no-untyped-def]
+    best, best_scale, best_zero = _affine_error(v, u, scale, zero, top), scale, zero
+    if best == 0.0:
+        return scale, zero
+    centre = np.float32(top) / np.float32(2.0)
+    for factor in factors:
+        s = _rounded(scale * factor, precision)
+        for k in range(-1, 2):
+            if kind == SYMMETRIC:
+                if k == 0 or (k < 0 and top > 31):
+                    continue
+                trial, z = np.float32(k) * s, zero
+            elif kind == INTEGER_ZERO:
+                trial, z = s, min(max(zero + np.float32(k), np.float32(floor)), np.float32(top))
+            else:
+                shift = centre + np.float32(k) - (centre - zero) * (scale / s)
+                trial, z = s, _rounded(shift, precision)
+            error = _affine_error(v, u, trial, z, top)
+            if error < best:
+                best, best_scale, best_zero = error, trial, z
+    for _ in range(8):
+        s, z = _affine_refit(v, u, best_scale, best_zero, top, kind, floor, precision)
+        error = _affine_error(v, u, s, z, top)
+        if not error < best:
+            break
+        best, best_scale, best_zero = error, s, z
+    return best_scale, best_zero
+
+
+@njit(nogil=True, cache=True)
+def _affine_rows(  # type: ignore[no-untyped-def]
+    first, last, values, weights, scales, zeros, factors, top, kind, floor, precision
+):
+    width = values.shape[1] // scales.shape[1]
+    for row in range(first, last):
+        u = weights[row if weights.shape[0] > 1 else 0]
+        for block in range(scales.shape[1]):
+            a, b = block * width, (block + 1) * width
+            scales[row, block], zeros[row, block] = _affine_block(
+                values[row, a:b],
+                u[a:b],
+                scales[row, block],
+                zeros[row, block],
+                factors,
+                top,
+                kind,
+                floor,
+                precision,
+            )
