@@ -1,0 +1,151 @@
+"""A GGUF file as a checkpoint like any other: Hugging Face's names, row order, configuration and tokenizer files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from bitmill.checkpoint.gguf import GgufFile, GgufTensor
+from bitmill.checkpoint.gguf_arch import EXTRAS, architecture_of_file, restored
+from bitmill.checkpoint.gguf_config import config_of
+from bitmill.checkpoint.tokenizer_gguf import files_of
+from bitmill.core.axes import Checkpoint
+from bitmill.core.errors import BadFile
+from bitmill.core.registry import parse_grid
+from bitmill.core.types import Quantized, TensorFacts
+from bitmill.numerics import blocks
+
+_KEPT = {"F16": "f16", "BF16": "bf16"}
+
+
+@final
+class GgufCheckpoint(Checkpoint):
+    """A model in a GGUF file.
+
+    What llama.cpp's converter changed is undone: rows of q and k are back in Hugging Face's order, Gemma's
+    norms are without the 1 that was added. Tensors that have no Hugging Face name are in :attr:`extras`.
+
+    Attributes:
+        path: the (first) file.
+        file: the container.
+        arch: llama.cpp's architecture.
+
+    Raises:
+        BadFile: the file does not add up, or holds tensors its architecture does not have.
+        Refused: an architecture that is not known here.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.file = GgufFile(path)
+        self.path = self.file.path
+        self.arch = architecture_of_file(self.file.metadata, str(self.path))
+        self._records = MappingProxyType(self._canonical())
+        self._config = MappingProxyType(config_of(self.file, self.arch))
+        self._check_shapes()
+
+    def _canonical(self) -> dict[str, GgufTensor]:
+        records = {}
+        for name, tensor in self.file.tensors.items():
+            ours = self.arch.hf_name(name)
+            if ours is not None:
+                records[ours] = tensor
+            elif name not in EXTRAS:
+                raise BadFile(
+                    f"tensor {name!r} is not one of architecture {self.arch.name!r}", where=str(self.path)
+                )
+        return records
+
+    def _check_shapes(self) -> None:
+        """Refuse shapes that contradict the keys before anybody reshapes by them."""
+        c = self._config
+        q, kv = c["num_attention_heads"] * c["head_dim"], c["num_key_value_heads"] * c["head_dim"]
+        wanted = {
+            "self_attn.q_proj": (q, c["hidden_size"]),
+            "self_attn.k_proj": (kv, c["hidden_size"]),
+            "self_attn.v_proj": (kv, c["hidden_size"]),
+            "self_attn.o_proj": (c["hidden_size"], q),
+            "mlp.gate_proj": (c["intermediate_size"], c["hidden_size"]),
+            "mlp.up_proj": (c["intermediate_size"], c["hidden_size"]),
+            "mlp.down_proj": (c["hidden_size"], c["intermediate_size"]),
+        }
+        for layer in range(c["num_hidden_layers"]):
+            for path, shape in wanted.items():
+                name = f"model.layers.{layer}.{path}"
+                found = self._records.get(f"{name}.weight")
+                if found is None or found.shape != shape:
+                    said = "missing" if found is None else f"of shape {found.shape}"
+                    raise BadFile(f"tensor {name}.weight is {said}; the keys say {shape}", where=str(self.path))
+                bias = self._records.get(f"{name}.bias")
+                if bias is not None and bias.shape != shape[:1]:
+                    raise BadFile(f"tensor {name}.bias has shape {bias.shape}", where=str(self.path))
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self._config
+
+    @cached_property
+    def _facts(self) -> Mapping[str, TensorFacts]:
+        return MappingProxyType(
+            {n: TensorFacts(n, t.shape, _KEPT.get(t.type.name, "f32")) for n, t in self._records.items()}
+        )
+
+    @property
+    def tensors(self) -> Mapping[str, TensorFacts]:
+        return self._facts
+
+    def read(self, name: str) -> Tensor:
+        values = self.file.dense(self._record(name).name)
+        if self.arch.is_permuted(name):
+            values = values[restored(values.shape[0], self._config["head_dim"])]
+        offset = self.arch.offset(name)
+        return values - offset if offset else values
+
+    def stored(self, name: str) -> Quantized | None:
+        record = self._record(name)
+        kind = record.type.name.lower()
+        if kind not in blocks.TYPES or not record.shape:
+            return None
+        rows = prod(record.shape[:-1])
+        grid = parse_grid(kind)
+        if self.arch.offset(name):
+            return Quantized(grid, self.read(name), {}, record.shape)  # type: ignore[arg-type]
+        codes, params = blocks.unpack(kind, self.file.raw(record.name).reshape(rows, -1))
+        if not params:
+            codes = codes.reshape(record.shape)
+        quantized = Quantized(grid, codes, params, record.shape)  # type: ignore[arg-type]
+        if self.arch.is_permuted(name):
+            return quantized.rows(restored(record.shape[0], self._config["head_dim"]))
+        return quantized
+
+    def _record(self, name: str) -> GgufTensor:
+        if name not in self._records:
+            raise BadFile(f"there is no tensor called {name!r}", where=str(self.path))
+        return self._records[name]
+
+    @cached_property
+    def extras(self) -> Mapping[str, Tensor]:
+        """Tensors without a Hugging Face name, by llama.cpp's name."""
+        return {n: self.file.dense(n).to(torch.float32) for n in self.file.tensors if n in EXTRAS}
+
+    @cached_property
+    def _carried(self) -> Mapping[str, bytes]:
+        return MappingProxyType(files_of(self.file.metadata, str(self.path)))
+
+    @property
+    def carried(self) -> Mapping[str, bytes]:
+        return self._carried
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return self.file.metadata
+
+    @property
+    def digest(self) -> str:
+        return self.file.digest

@@ -1,0 +1,195 @@
+"""GGUF, the single-file container of llama.cpp (ggml-org): what llama.cpp, Ollama and LM Studio load."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import ClassVar, final
+
+import torch
+
+from bitmill.checkpoint.gguf import MAGIC
+from bitmill.checkpoint.gguf_arch import (
+    Architecture,
+    architecture_of_model,
+    interleaved,
+)
+from bitmill.checkpoint.gguf_config import keys_of, rope_tensor
+from bitmill.checkpoint.gguf_model import GgufCheckpoint
+from bitmill.checkpoint.gguf_write import Planned, encoded, head
+from bitmill.checkpoint.tokenizer import gguf_keys
+from bitmill.core.axes import Checkpoint, Container, Grid
+from bitmill.core.errors import Refused
+from bitmill.core.types import FileImage, Quantized, Row, Slot
+from bitmill.families.base import head_dim
+from bitmill.numerics import blocks
+
+_VECTOR_ROLES = frozenset(
+    {
+        "bias",
+        "router",
+        "norm",
+        "attn_in_norm",
+        "mlp_in_norm",
+        "q_norm",
+        "k_norm",
+        "post_attn_norm",
+        "post_mlp_norm",
+        "final_norm",
+        "other",
+    }
+)
+"""Roles that llama.cpp wants in single precision."""
+
+_FILE_TYPES: Mapping[str, int] = MappingProxyType(
+    {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q4_k": 14, "q6_k": 18, "bf16": 32}
+)
+_Q4_K_M = 15  # q4_k with some tensors at q6_k
+_NOT_COPIED = ("split.", "quantize.", "bitmill.")
+"""Prefixes of keys that describe the source file, not the model."""
+_QUANTIZATION_VERSION = 2
+
+
+@final
+@dataclass(frozen=True)
+class Gguf(Container):
+    """One file with everything in it: weights in ggml's block types, hyperparameters, tokenizer, chat template."""
+
+    single_file: ClassVar[bool] = True
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+
+    def open(self, path: Path) -> Checkpoint:
+        return GgufCheckpoint(path)
+
+    def refuses(self, grid: Grid, role: str, shape: tuple[int, ...]) -> str | None:
+        kind = str(grid)
+        if kind not in blocks.TYPES:
+            return f"GGUF holds {', '.join(blocks.TYPES)}; {kind} is none of them"
+        if (len(shape) < 2 or role in _VECTOR_ROLES - {"other"}) and kind != "f32":
+            return f"llama.cpp wants norms, biases and other vectors as f32, not {kind}"
+        return grid.refuses(shape)
+
+    def adapt(self, grid: Grid, dtype: str) -> Grid:
+        return grid
+
+    def default_grid(self, dtype: str, role: str) -> str:
+        if role in _VECTOR_ROLES:
+            return "f32"
+        return "bf16" if dtype == "bf16" else "f16"
+
+    def slots(self, row: Row, source: Checkpoint) -> Mapping[str, int]:
+        planned = _planned(row, _architecture(source))
+        return {} if planned is None else {planned.name: planned.bytes_}
+
+    def files(self, rows: Sequence[Row], source: Checkpoint, notes: Mapping[str, str]) -> tuple[FileImage, ...]:
+        """One image with an empty path.
+
+        Tensors that llama.cpp derives from the configuration come first, and their bytes are part of the head.
+
+        Raises:
+            Refused: llama.cpp has no architecture for the model, or no place for one of its tensors.
+        """
+        arch = _architecture(source)
+        _check_complete(rows, source)
+        extras = _extras(source)
+        ordered = sorted(rows, key=lambda r: (r.layer is not None, r.layer or 0, r.name))
+        planned = [p for p in (_planned(r, arch) for r in ordered) if p is not None]
+        first = [Planned(n, tuple(t.shape), blocks.TYPES["f32"].id, t.nbytes) for n, t in extras.items()]
+        keys = {**_model_keys(source, arch), **_quantization_keys(rows)}
+        keys.update({f"bitmill.{name}": encoded(text) for name, text in notes.items()})
+        header, offsets, size = head(keys, [*first, *planned])
+        for name, tensor in extras.items():
+            header = header.ljust(offsets[name], b"\0") + tensor.contiguous().numpy().tobytes()
+        slots = tuple(Slot(p.name, offsets[p.name], p.bytes_) for p in planned)
+        return (FileImage("", header, slots, size),)
+
+    def pack(self, row: Row, quantized: Quantized, source: Checkpoint) -> Mapping[str, bytes]:
+        arch = _architecture(source)
+        name = arch.gguf_name(row.name)
+        if name is None:
+            return {}
+        if arch.is_permuted(row.name):
+            quantized = quantized.rows(interleaved(row.shape[0], head_dim(source.config)))
+        codes, offset = quantized.codes, arch.offset(row.name)
+        if offset:
+            codes = codes.to(torch.float32) + offset
+        return {name: blocks.pack(str(row.grid), codes, quantized.params).tobytes()}
+
+
+def _architecture(source: Checkpoint) -> Architecture:
+    return source.arch if isinstance(source, GgufCheckpoint) else architecture_of_model(source.config)
+
+
+def _planned(row: Row, arch: Architecture) -> Planned | None:
+    name = arch.gguf_name(row.name)
+    if name is None:
+        return None
+    kind = blocks.TYPES[str(row.grid)]
+    columns = row.shape[-1] if row.shape else 1
+    return Planned(name, tuple(row.shape), kind.id, prod(row.shape[:-1]) * kind.row_bytes(columns))
+
+
+def _check_complete(rows: Sequence[Row], source: Checkpoint) -> None:
+    names = {row.name for row in rows}
+    if "lm_head.weight" not in names and not source.config.get("tie_word_embeddings", False):
+        raise Refused(
+            "the model has no lm_head.weight and does not tie it to the embedding",
+            where=str(source.path),
+            fix='set "tie_word_embeddings": true in config.json if the output shares the embedding',
+        )
+
+
+def _extras(source: Checkpoint) -> Mapping[str, torch.Tensor]:
+    if isinstance(source, GgufCheckpoint):
+        return source.extras
+    found = rope_tensor(source.config)
+    return {} if found is None else {"rope_freqs.weight": found}
+
+
+def _model_keys(source: Checkpoint, arch: Architecture) -> dict[str, bytes]:
+    """Everything about the model: copied from a GGUF source as it stands there, built for any other."""
+    if isinstance(source, GgufCheckpoint):
+        kept = {k: v for k, v in source.file.raw_keys.items() if not k.startswith(_NOT_COPIED)}
+        kept.pop("general.alignment", None)
+        return kept
+    keys = {
+        "general.architecture": arch.name,
+        "general.type": "model",
+        "general.name": str(source.config.get("_name_or_path") or source.path.name or arch.name),
+        "general.size_label": _size_label(sum(prod(f.shape) for f in source.tensors.values())),
+        **keys_of(source.config, arch),
+        **gguf_keys(source.carried, source.config),
+    }
+    return {name: encoded(value) for name, value in keys.items()}
+
+
+def _size_label(weights: int) -> str:
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if weights >= size:
+            count = weights / size
+            return f"{count:.1f}{unit}" if count < 10 and unit != "M" else f"{count:.0f}{unit}"
+    return str(weights)
+
+
+def _quantization_keys(rows: Sequence[Row]) -> dict[str, bytes]:
+    """The type that holds most weights, as llama.cpp numbers it."""
+    weights: Counter[str] = Counter()
+    for row in rows:
+        if len(row.shape) > 1:
+            weights[str(row.grid)] += prod(row.shape)
+    kind = weights.most_common(1)[0][0] if weights else "f32"
+    number = _Q4_K_M if kind == "q4_k" and any(str(r.grid) == "q6_k" and r.layer is not None for r in rows) else None
+    return {
+        "general.file_type": encoded(_FILE_TYPES[kind] if number is None else number),
+        "general.quantization_version": encoded(_QUANTIZATION_VERSION),
+    }
