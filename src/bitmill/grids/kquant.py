@@ -19,6 +19,7 @@ from torch import Tensor
 from bitmill.core.axes import ScalarGrid
 from bitmill.core.errors import Unsolvable
 from bitmill.core.types import Params, Quantized
+from bitmill.numerics import ggml_scales as scales_of
 from bitmill.numerics import ggml_search as search
 from bitmill.numerics.blocks import TYPES
 
@@ -184,8 +185,8 @@ def _blocks(values: Tensor, length: int) -> np.ndarray:
 
 
 def _spread(kernel: Callable[..., None], count: int, *arrays: Any) -> None:
-    """Run a compiled kernel over ``count`` blocks on as many threads as torch uses."""
-    workers = max(1, min(torch.get_num_threads(), count // 256))
+    """Run a compiled kernel over ``count`` items on as many threads as torch uses."""
+    workers = max(1, min(torch.get_num_threads(), count // 16))
     edges = [count * k // workers for k in range(workers + 1)]
     if workers == 1:
         kernel(0, count, *arrays)
@@ -195,45 +196,85 @@ def _spread(kernel: Callable[..., None], count: int, *arrays: Any) -> None:
             done.result()
 
 
+_Weights = tuple[int, np.ndarray, np.ndarray, int]
+_NOTHING = np.zeros((1, 1), np.float32)
+
+
+def _symmetric(x: np.ndarray, weights: _Weights, half: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and scales of the symmetric search over runs of ``x``."""
+    codes, scale = np.empty(x.shape, np.uint8), np.empty(len(x), np.float32)
+    _spread(search.symmetric_runs, -(-len(x) // search.LANES), x, *weights, half, codes, scale)
+    return codes, scale
+
+
+def _ranged(
+    x: np.ndarray, weights: _Weights, top: int, first: float, rung: float, steps: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Codes, scales, minima and weight sums of the affine search over runs of ``x``."""
+    codes = np.empty(x.shape, np.uint8)
+    scale, low, share = (np.empty(len(x), np.float32) for _ in range(3))
+    ladder = (np.float32(first), np.float32(rung), steps)
+    groups = -(-len(x) // search.LANES)
+    _spread(search.affine_runs, groups, x, *weights, top, *ladder, codes, scale, low, share)
+    return codes, scale, low, share
+
+
+def _shaped(x: np.ndarray, importance: np.ndarray, run: int, factor: float) -> _Weights:
+    """importance · sqrt(power + x²) for runs of ``run``, power being ``factor`` times a row's mean square."""
+    power = np.empty(len(x), np.float32)
+    _spread(search.mean_square, len(x), x, np.float32(factor), power)
+    return search.SHAPED, importance.reshape(-1, run), power, x.shape[1] // run
+
+
 _Found = tuple[np.ndarray, dict[str, np.ndarray]]
 
 
-def _search_legacy(type: str, x: np.ndarray, weights: np.ndarray | None, out: int) -> _Found:
+def _search_legacy(type: str, x: np.ndarray, importance: np.ndarray | None, out: int) -> _Found:
     codes = np.empty(x.shape, np.int8 if type == "q8_0" else np.uint8)
     d, m = np.empty(len(x), np.float32), np.empty(len(x), np.float32)
-    two_sided = type in _HALF
     if type == "q8_0":
-        _spread(search.plain_absmax, len(x), x, codes, d)
-    elif weights is not None:
-        power = np.empty(out, np.float32)
-        _spread(search.row_power, out, x.reshape(out, -1), power)
-        span = _HALF[type] if two_sided else _TOP[type]
-        _spread(search.weighted_legacy, len(x), x, weights, power, span, two_sided, codes, d, m)
-    elif two_sided:
-        _spread(search.plain_symmetric, len(x), x, _HALF[type], codes, d)
+        _spread(scales_of.plain_absmax, len(x), x, codes, d)
+    elif importance is not None:
+        weights = _shaped(x.reshape(out, -1), importance, 32, 1)
+        if type in _HALF:
+            codes, d = _symmetric(x, weights, _HALF[type])
+        else:
+            codes, d, m, _ = _ranged(x, weights, _TOP[type], -0.9, 0.05, 36)
+    elif type in _HALF:
+        _spread(scales_of.plain_symmetric, len(x), x, _HALF[type], codes, d)
     else:
-        _spread(search.plain_affine, len(x), x, _TOP[type], codes, d, m)
-    return codes, {"d": _stored(d)} if two_sided else {"d": _stored(d), "m": _stored(m)}
+        _spread(scales_of.plain_affine, len(x), x, _TOP[type], codes, d, m)
+    return codes, {"d": _stored(d)} if type in _HALF else {"d": _stored(d), "m": _stored(m)}
 
 
-def _search_q4_k(type: str, x: np.ndarray, weights: np.ndarray | None, out: int) -> _Found:
-    count, codes = len(x), np.empty(x.shape, np.uint8)
+def _search_q4_k(type: str, x: np.ndarray, importance: np.ndarray | None, out: int) -> _Found:
+    count, told, runs = len(x), importance is not None, x.reshape(-1, 32)
+    if importance is not None:
+        codes, scale, low, share = _ranged(runs, _shaped(x, importance, 32, 2), 15, -0.9, 0.05, 36)
+    else:
+        weights = (search.LOUDNESS, _NOTHING, _NOTHING[0], 1)
+        codes, scale, low, share = _ranged(runs, weights, 15, -1.0, 0.1, 20)
     d, dmin = np.empty(count, np.float32), np.empty(count, np.float32)
     scales, mins = np.empty((count, 8), np.uint8), np.empty((count, 8), np.uint8)
-    weights = np.empty((0, 256), np.float32) if weights is None else weights
-    _spread(search.search_q4_k, count, x, weights, codes, d, dmin, scales, mins)
-    d, dmin = _stored(d), _stored(dmin)
-    _spread(search.settle_q4_k, count, x, d, dmin, scales, mins, codes)
+    eight = [values.reshape(count, 8) for values in (scale, low, share)]
+    _spread(scales_of.scales_q4_k, count, *eight, told, d, dmin, scales, mins)
+    d, dmin, codes = _stored(d), _stored(dmin), codes.reshape(count, 256)
+    _spread(scales_of.settle_q4_k, count, x, d, dmin, scales, mins, codes)
     return codes, {"d": d, "dmin": dmin, "scales": scales, "mins": mins}
 
 
-def _search_q6_k(type: str, x: np.ndarray, weights: np.ndarray | None, out: int) -> _Found:
-    count, codes = len(x), np.empty(x.shape, np.uint8)
+def _search_q6_k(type: str, x: np.ndarray, importance: np.ndarray | None, out: int) -> _Found:
+    count, runs = len(x), x.reshape(-1, 16)
+    if importance is not None:
+        weights = (search.GIVEN, importance.reshape(-1, 16), _NOTHING[0], 1)
+    else:
+        weights = (search.SQUARE, _NOTHING, _NOTHING[0], 1)
+    codes, scale = _symmetric(runs, weights, 32)
+    codes = codes.reshape(count, 256)
     d, scales = np.empty(count, np.float32), np.empty((count, 16), np.int8)
-    weights = np.empty((0, 256), np.float32) if weights is None else weights
-    _spread(search.search_q6_k, count, x, weights, codes, d, scales)
+    _spread(scales_of.scales_q6_k, count, scale.reshape(count, 16), codes, d, scales)
     d = _stored(d)
-    _spread(search.settle_q6_k, count, x, d, scales, codes)
+    _spread(scales_of.settle_q6_k, count, x, d, scales, codes)
     return codes, {"d": d, "scales": scales}
 
 

@@ -1,9 +1,14 @@
 """Scale searches of llama.cpp's block quantizers (K-quants: Kawrakow, llama.cpp PR #1684), bit for bit.
 
-Three searches over one block's scale: symmetric (codes around 0), affine (scale and non-positive minimum) and
-positive (the scales of the scales). All of them try a ladder of inverse scales, refit by weighted least
-squares and keep the best. Equality to the byte needs float32 throughout, sums in element order, no fused
+Two searches over runs of weights: symmetric (codes around 0) and affine (scale and non-positive minimum). Both
+try a ladder of inverse scales, refit by weighted least squares and keep the best. Equality to the byte needs float32 throughout, sums in element order, no fused
 multiply-add and the same rounding trick; hence compiled loops without fast-math.
+
+The order of a sum leaves nothing to vectorize inside a run, so ``_LANES`` runs go side by side: a work buffer
+holds element ``i`` of every lane next to each other, and each sum is a row of lanes. Buffers are flat with
+constant offsets because that is what lets the compiler see that rows do not overlap.
+
+Every kernel does items ``start … stop`` of its arrays, so that callers can share them out to threads.
 """
 
 from __future__ import annotations
@@ -13,309 +18,243 @@ from numba import njit
 
 _compiled = njit(cache=True, nogil=True, error_model="numpy")
 
-_f = np.float32
-_ROUND = np.float32(12582912.0)  # 1.5 * 2^23: adding it leaves the rounded integer in the mantissa
-_TINY = np.float32(1e-15)
-_TENTH = np.float32(0.1)
+_LANES = 64
+LANES = _LANES
+"""Runs a search takes side by side; the unit of ``start … stop`` in the two run searches."""
+
+SQUARE, LOUDNESS, GIVEN, SHAPED = range(4)
+"""Weights of elements: x² · rms + |x| · importance · importance times sqrt(power + x²)."""
+
+_f, _i = np.float32, np.int32
+_ROUND, _MANTISSA, _MIDDLE = _f(12582912.0), _i(0x007FFFFF), _i(0x00400000)
+_TINY, _TENTH, _ZERO, _ONE = _f(1e-15), _f(0.1), _f(0), _f(1)
+
+# Rows of the state buffer, as offsets.
+_LOW, _HIGH, _INVERSE, _SCALE, _BEST, _CHOSEN, _ORIGIN, _SUM_W, _SUM_X, _SUM_Q, _SUM_QQ, _SUM_XQ, _ERROR = (
+    _LANES * row for row in range(13)
+)
+_NEW_SCALE, _NEW_LOW = _LANES * 13, _LANES * 14
+_ROWS = 15
 
 
 @_compiled
 def rint(value):
-    """Round half to even, exact for ``|value|`` below 2^22 and well defined beyond it."""
-    return (_f(value + _ROUND).view(np.int32) & 0x007FFFFF) - 0x00400000
+    """Round half to even, exact below 2^22 and well defined beyond: 1.5 · 2^23 leaves it in the mantissa."""
+    return _i((_f(value + _ROUND).view(np.int32) & _MANTISSA) - _MIDDLE)
 
 
 @_compiled
-def _clipped(value, low, high):
+def clipped(value, low, high):
     return max(low, min(high, rint(value)))
 
 
 @_compiled
-def symmetric(x, w, half, codes):
-    """Least-squares scale of codes ``-half … half-1`` (stored with ``half`` added); 19 inverse scales."""
-    peak, size = _f(0), _f(0)
-    for i in range(x.size):
-        if abs(x[i]) > size:
-            size, peak = abs(x[i]), x[i]
-    codes[:] = 0
-    if size < _TINY:
-        return _f(0)
-    scale, best, chosen = _f(0), _f(0), _f(0)
-    for trial in range(-10, 10):
-        offset = 0 if trial == -10 else trial
-        if trial == 0:
-            continue
-        inverse = -(_f(half) + _TENTH * _f(offset)) / peak
-        dot, norm = _f(0), _f(0)
-        for i in range(x.size):
-            q = _f(_clipped(inverse * x[i], -half, half - 1))
-            dot += w[i] * x[i] * q
-            norm += w[i] * q * q
-        if trial == -10 or (norm > 0 and dot * dot > best * norm):
-            scale = dot / norm if norm != 0 else _f(0)
-            best, chosen = scale * dot, inverse
-    for i in range(x.size):
-        codes[i] = half + _clipped(chosen * x[i], -half, half - 1)
-    return scale
+def _load(work, n, first, x, kind, importance, power, per):
+    """Fill ``work``: row 2i is element i of ``_LANES`` runs from ``first``, row 2i+1 its weight.
+
+    Run ``r`` uses ``power[r // per]`` and row ``r`` of ``importance``, whose rows repeat.
+    """
+    for j in range(_LANES):
+        r = min(first + j, x.shape[0] - 1)
+        given = r % importance.shape[0] if kind >= GIVEN else 0
+        base = _ZERO
+        if kind == SHAPED:
+            base = power[r // per]
+        if kind == LOUDNESS:
+            for i in range(n):
+                base += x[r, i] * x[r, i]
+            base = np.sqrt(base / _f(n))
+        for i in range(n):
+            value = x[r, i]
+            if kind == SQUARE:
+                weight = value * value
+            elif kind == LOUDNESS:
+                weight = base + abs(value)
+            elif kind == GIVEN:
+                weight = importance[given, i]
+            else:
+                weight = importance[given, i] * np.sqrt(base + value * value)
+            work[2 * i * _LANES + j] = value
+            work[(2 * i + 1) * _LANES + j] = weight
 
 
 @_compiled
-def affine(x, w, top, first, stride, steps, codes):
-    """Scale and minus the minimum of codes ``0 … top``; the ladder is ``first + stride·k + top``, k ≤ steps."""
-    low, high = x[0], x[0]
-    sum_w, sum_x = _f(0), _f(0)
-    for i in range(x.size):
-        low, high = min(low, x[i]), max(high, x[i])
-        sum_w += w[i]
-        sum_x += w[i] * x[i]
-    low = min(low, _f(0))
-    codes[:] = 0
-    if high <= low:
-        return _f(0), -low
-    inverse = _f(top) / (high - low)
-    scale, best = _f(1) / inverse, _f(0)
-    chosen, origin = inverse, low
-    for i in range(x.size):
-        miss = scale * _f(_clipped(inverse * (x[i] - low), 0, top)) + low - x[i]
-        best += w[i] * (miss * miss)
-    for k in range(steps + 1):
-        inverse = (first + stride * _f(k) + _f(top)) / (high - low)
-        sum_q, sum_qq, sum_xq = _f(0), _f(0), _f(0)
-        for i in range(x.size):
-            q = _f(_clipped(inverse * (x[i] - low), 0, top))
-            sum_q += w[i] * q
-            sum_qq += w[i] * q * q
-            sum_xq += w[i] * q * x[i]
+def symmetric_runs(start, stop, x, kind, importance, power, per, half, codes, scale):
+    """Least-squares scale of codes ``-half … half-1`` (stored with ``half`` added), 19 inverse scales a run.
+
+    Args:
+        start, stop: groups of ``LANES`` runs.
+        x: ``runs n``; ``codes`` likewise, ``scale`` is ``runs``.
+        kind, importance, power, per: weights of the elements, see :func:`_load`.
+    """
+    n = x.shape[1]
+    work, s = np.empty(2 * n * _LANES, np.float32), np.empty(_ROWS * _LANES, np.float32)
+    least, most = _i(-half), _i(half - 1)
+    for group in range(start, stop):
+        first = group * _LANES
+        _load(work, n, first, x, kind, importance, power, per)
+        _peak(work, n, s)
+        for trial in range(-10, 10):
+            if trial != 0:
+                ladder = _f(half) if trial == -10 else _f(half) + _TENTH * _f(trial)
+                _try_symmetric(work, n, s, ladder, trial == -10, least, most)
+        for j in range(min(_LANES, x.shape[0] - first)):
+            silent = s[_ERROR + j] < _TINY
+            scale[first + j] = _ZERO if silent else s[_SCALE + j]
+            for i in range(n):
+                q = _i(half) + clipped(s[_CHOSEN + j] * work[2 * i * _LANES + j], least, most)
+                codes[first + j, i] = _i(0) if silent else q
+
+
+@_compiled
+def _peak(work, n, s):
+    """Signed value of largest magnitude (the first of equals) to ``_HIGH``, the magnitude to ``_ERROR``."""
+    for j in range(_LANES):
+        s[_HIGH + j] = _ONE
+        s[_ERROR + j] = _ZERO
+    for i in range(n):
+        for j in range(_LANES):
+            value = work[2 * i * _LANES + j]
+            larger = abs(value) > s[_ERROR + j]
+            s[_HIGH + j] = value if larger else s[_HIGH + j]
+            s[_ERROR + j] = abs(value) if larger else s[_ERROR + j]
+
+
+@_compiled
+def _try_symmetric(work, n, s, ladder, always, least, most):
+    for j in range(_LANES):
+        s[_INVERSE + j] = -ladder / s[_HIGH + j]
+        s[_SUM_XQ + j] = _ZERO
+        s[_SUM_QQ + j] = _ZERO
+    for i in range(n):
+        for j in range(_LANES):
+            x, w = work[2 * i * _LANES + j], work[(2 * i + 1) * _LANES + j]
+            q = _f(clipped(s[_INVERSE + j] * x, least, most))
+            s[_SUM_XQ + j] += w * x * q
+            s[_SUM_QQ + j] += w * q * q
+    for j in range(_LANES):
+        dot, norm = s[_SUM_XQ + j], s[_SUM_QQ + j]
+        if always or (norm > 0 and dot * dot > s[_BEST + j] * norm):
+            s[_SCALE + j] = dot / norm if norm != 0 else _ZERO
+            s[_BEST + j] = s[_SCALE + j] * dot
+            s[_CHOSEN + j] = s[_INVERSE + j]
+
+
+@_compiled
+def affine_runs(
+    start, stop, x, kind, importance, power, per, top, first_rung, rung, steps, codes, scale, low, share
+):
+    """Scale and minimum (never positive) of codes ``0 … top``; inverse scales ``first + rung·k + top``, k ≤ steps.
+
+    Args:
+        start, stop: groups of ``LANES`` runs.
+        x: ``runs n``; ``codes`` likewise; ``scale``, ``low`` (the minimum) and ``share`` (sum of weights) are
+            ``runs``.
+        kind, importance, power, per: weights of the elements, see :func:`_load`.
+    """
+    n = x.shape[1]
+    work, s = np.empty(2 * n * _LANES, np.float32), np.empty(_ROWS * _LANES, np.float32)
+    highest = _i(top)
+    for group in range(start, stop):
+        first = group * _LANES
+        _load(work, n, first, x, kind, importance, power, per)
+        _range(work, n, s)
+        _first_affine(work, n, s, highest)
+        for k in range(steps + 1):
+            _try_affine(work, n, s, highest, first_rung + rung * _f(k) + _f(top))
+        for j in range(min(_LANES, x.shape[0] - first)):
+            flat = s[_BEST + j] < 0
+            scale[first + j] = _ZERO if flat else s[_SCALE + j]
+            low[first + j], share[first + j] = s[_LOW + j], s[_SUM_W + j]
+            for i in range(n):
+                shifted = work[2 * i * _LANES + j] - s[_ORIGIN + j]
+                q = clipped(s[_CHOSEN + j] * shifted, _i(0), highest)
+                codes[first + j, i] = _i(0) if flat else q
+
+
+@_compiled
+def _range(work, n, s):
+    """Smallest value or 0, largest value, sums of w and w·x."""
+    for j in range(_LANES):
+        s[_LOW + j] = min(work[j], _ZERO)
+        s[_HIGH + j] = work[j]
+        s[_SUM_W + j] = _ZERO
+        s[_SUM_X + j] = _ZERO
+    for i in range(n):
+        for j in range(_LANES):
+            x, w = work[2 * i * _LANES + j], work[(2 * i + 1) * _LANES + j]
+            s[_LOW + j] = min(s[_LOW + j], x)
+            s[_HIGH + j] = max(s[_HIGH + j], x)
+            s[_SUM_W + j] += w
+            s[_SUM_X + j] += w * x
+
+
+@_compiled
+def _first_affine(work, n, s, top):
+    """The plain range as the answer to beat; a lane without range gets an error nothing can beat."""
+    for j in range(_LANES):
+        s[_INVERSE + j] = _f(top) / (s[_HIGH + j] - s[_LOW + j])
+        s[_NEW_SCALE + j] = _ONE / s[_INVERSE + j]
+        s[_NEW_LOW + j] = s[_LOW + j]
+    _affine_error(work, n, s, top)
+    for j in range(_LANES):
+        s[_SCALE + j] = s[_NEW_SCALE + j]
+        s[_BEST + j] = s[_ERROR + j] if s[_HIGH + j] > s[_LOW + j] else -_ONE
+        s[_CHOSEN + j] = s[_INVERSE + j]
+        s[_ORIGIN + j] = s[_LOW + j]
+
+
+@_compiled
+def _try_affine(work, n, s, top, ladder):
+    """One rung: assign codes, solve the two normal equations, keep the fit if its error is lower."""
+    for j in range(_LANES):
+        s[_INVERSE + j] = ladder / (s[_HIGH + j] - s[_LOW + j])
+        s[_SUM_Q + j] = _ZERO
+        s[_SUM_QQ + j] = _ZERO
+        s[_SUM_XQ + j] = _ZERO
+    for i in range(n):
+        for j in range(_LANES):
+            x, w = work[2 * i * _LANES + j], work[(2 * i + 1) * _LANES + j]
+            q = _f(clipped(s[_INVERSE + j] * (x - s[_LOW + j]), _i(0), top))
+            s[_SUM_Q + j] += w * q
+            s[_SUM_QQ + j] += w * q * q
+            s[_SUM_XQ + j] += w * q * x
+    for j in range(_LANES):
+        sum_q, sum_qq, sum_xq = s[_SUM_Q + j], s[_SUM_QQ + j], s[_SUM_XQ + j]
+        sum_w, sum_x = s[_SUM_W + j], s[_SUM_X + j]
         det = sum_w * sum_qq - sum_q * sum_q
-        if not det > 0:
-            continue
-        new_scale = (sum_w * sum_xq - sum_x * sum_q) / det
-        new_low = (sum_qq * sum_x - sum_q * sum_xq) / det
-        if new_low > 0:
-            new_low, new_scale = _f(0), sum_xq / sum_qq
-        error = _f(0)
-        for i in range(x.size):
-            q = _f(_clipped(inverse * (x[i] - low), 0, top))
-            miss = new_scale * q + new_low - x[i]
-            error += w[i] * (miss * miss)
-        if error < best:
-            best, chosen, origin = error, inverse, low
-            scale, low = new_scale, new_low
-    for i in range(x.size):
-        codes[i] = _clipped(chosen * (x[i] - origin), 0, top)
-    return scale, -low
+        low = (sum_qq * sum_x - sum_q * sum_xq) / det
+        scale = (sum_w * sum_xq - sum_x * sum_q) / det
+        s[_NEW_SCALE + j] = sum_xq / sum_qq if low > 0 else scale
+        s[_NEW_LOW + j] = _ZERO if low > 0 else low
+        s[_SUM_Q + j] = det
+    _affine_error(work, n, s, top)
+    for j in range(_LANES):
+        if s[_SUM_Q + j] > 0 and s[_ERROR + j] < s[_BEST + j]:
+            s[_BEST + j] = s[_ERROR + j]
+            s[_CHOSEN + j] = s[_INVERSE + j]
+            s[_ORIGIN + j] = s[_LOW + j]
+            s[_SCALE + j] = s[_NEW_SCALE + j]
+            s[_LOW + j] = s[_NEW_LOW + j]
 
 
 @_compiled
-def positive(x, w, top, codes):
-    """Scale of non-negative values in codes ``0 … top``: nine inverse scales, then coordinate descent."""
-    high = _f(0)
-    for i in range(x.size):
-        high = max(high, x[i])
-    codes[:] = 0
-    if high < _TINY:
-        return _f(0)
-    chosen, best = _f(0), _f(0)
-    for trial in range(-5, 5):
-        offset = 0 if trial == -5 else trial
-        if trial == 0:
-            continue
-        inverse = (_TENTH * _f(offset) + _f(top)) / high
-        scale, error = _f(1) / inverse, _f(0)
-        for i in range(x.size):
-            miss = x[i] - scale * _f(min(top, rint(inverse * x[i])))
-            error += w[i] * miss * miss
-        if trial == -5 or error < best:
-            chosen, best = inverse, error
-    dot, norm = _f(0), _f(0)
-    for i in range(x.size):
-        codes[i] = min(top, rint(chosen * x[i]))
-        dot += w[i] * x[i] * _f(codes[i])
-        norm += w[i] * _f(codes[i]) * _f(codes[i])
-    for _ in range(5):
-        moved = False
-        for i in range(x.size):
-            q = _f(codes[i])
-            dot_rest, norm_rest = dot - w[i] * x[i] * q, norm - w[i] * q * q
-            if not (dot_rest > 0 and norm_rest > 0):
-                continue
-            code = min(top, rint(x[i] * norm_rest / dot_rest))
-            if code == codes[i]:
-                continue
-            dot_new = dot_rest + w[i] * x[i] * _f(code)
-            norm_new = norm_rest + w[i] * _f(code) * _f(code)
-            if dot_new * dot_new * norm > dot * dot * norm_new:
-                codes[i], dot, norm, moved = code, dot_new, norm_new, True
-        if not moved:
-            break
-    return dot / norm if norm > 0 else _f(0)
+def _affine_error(work, n, s, top):
+    for j in range(_LANES):
+        s[_ERROR + j] = _ZERO
+    for i in range(n):
+        for j in range(_LANES):
+            x, w = work[2 * i * _LANES + j], work[(2 * i + 1) * _LANES + j]
+            q = _f(clipped(s[_INVERSE + j] * (x - s[_LOW + j]), _i(0), top))
+            miss = s[_NEW_SCALE + j] * q + s[_NEW_LOW + j] - x
+            s[_ERROR + j] += w * (miss * miss)
 
 
 @_compiled
-def plain_symmetric(start, stop, x, half, codes, d):
-    """Q4_0, Q5_0 without importance: the value of largest magnitude becomes code 0, that is ``-half``."""
-    for b in range(start, stop):
-        peak, size = _f(0), _f(0)
-        for i in range(32):
-            if abs(x[b, i]) > size:
-                size, peak = abs(x[b, i]), x[b, i]
-        d[b] = peak / _f(-half)
-        inverse = _f(1) / d[b] if d[b] != 0 else _f(0)
-        for i in range(32):
-            codes[b, i] = _truncated(x[b, i] * inverse + (_f(half) + _f(0.5)), 2 * half - 1)
-
-
-@_compiled
-def plain_affine(start, stop, x, top, codes, d, m):
-    """Q4_1, Q5_1 without importance: the block's range in ``top`` steps."""
-    for b in range(start, stop):
-        low, high = x[b, 0], x[b, 0]
-        for i in range(32):
-            low, high = min(low, x[b, i]), max(high, x[b, i])
-        d[b], m[b] = (high - low) / _f(top), low
-        inverse = _f(1) / d[b] if d[b] != 0 else _f(0)
-        for i in range(32):
-            codes[b, i] = _truncated((x[b, i] - low) * inverse + _f(0.5), top)
-
-
-@_compiled
-def plain_absmax(start, stop, x, codes, d):
-    """Q8_0: the largest magnitude in 127 steps, halves away from zero."""
-    for b in range(start, stop):
-        size = _f(0)
-        for i in range(32):
-            size = max(size, abs(x[b, i]))
-        d[b] = size / _f(127)
-        inverse = _f(1) / d[b] if d[b] != 0 else _f(0)
-        for i in range(32):
-            value = x[b, i] * inverse
-            whole = np.trunc(value)
-            if abs(value - whole) >= _f(0.5):
-                whole += np.copysign(_f(1), value)
-            codes[b, i] = np.int8(whole) if abs(whole) <= 127 else np.int8(0)
-
-
-@_compiled
-def _truncated(value, top):
-    """Towards zero, capped; 0 where a subnormal scale has no finite inverse."""
-    return min(top, np.int32(value)) if abs(value) < _f(256) else 0
-
-
-@_compiled
-def row_power(start, stop, x, power):
-    """Mean square of each row, summed in order."""
+def mean_square(start, stop, x, factor, power):
+    """``factor`` times the mean square of each row, summed in order."""
     for r in range(start, stop):
-        total = _f(0)
+        total = _ZERO
         for i in range(x.shape[1]):
             total += x[r, i] * x[r, i]
-        power[r] = total / _f(x.shape[1])
-
-
-@_compiled
-def weighted_legacy(start, stop, x, importance, power, span, two_sided, codes, d, m):
-    """Q4_0 Q5_0 (``two_sided``, ``span`` = half) and Q4_1 Q5_1 (``span`` = top) with importance."""
-    w = np.empty(32, np.float32)
-    per_row = x.shape[0] // power.size
-    for b in range(start, stop):
-        for i in range(32):
-            shape = np.sqrt(power[b // per_row] + x[b, i] * x[b, i])
-            w[i] = importance[b % importance.shape[0], i] * shape
-        if two_sided:
-            d[b] = symmetric(x[b], w, span, codes[b])
-        else:
-            d[b], low = affine(x[b], w, span, _f(-0.9), _f(0.05), 36, codes[b])
-            m[b] = -low
-
-
-@_compiled
-def search_q4_k(start, stop, x, importance, codes, d, dmin, scales, mins):
-    """Q4_K super-blocks: eight affine searches, then six-bit scales and mins. ``importance`` may be empty."""
-    w = np.empty(32, np.float32)
-    s, m, share = np.empty(8, np.float32), np.empty(8, np.float32), np.empty(8, np.float32)
-    for b in range(start, stop):
-        power = _f(0)
-        for i in range(256):
-            power += x[b, i] * x[b, i]
-        power = _f(2) * power / _f(256)
-        for j in range(8):
-            run, into = x[b, 32 * j : 32 * j + 32], codes[b, 32 * j : 32 * j + 32]
-            if importance.size:
-                share[j] = _f(0)
-                for i in range(32):
-                    w[i] = importance[b % importance.shape[0], 32 * j + i] * np.sqrt(power + run[i] * run[i])
-                    share[j] += w[i]
-                s[j], m[j] = affine(run, w, 15, _f(-0.9), _f(0.05), 36, into)
-            else:
-                total = _f(0)
-                for i in range(32):
-                    total += run[i] * run[i]
-                rms = np.sqrt(total / _f(32))
-                for i in range(32):
-                    w[i] = rms + abs(run[i])
-                s[j], m[j] = affine(run, w, 15, _f(-1), _f(0.1), 20, into)
-        if importance.size:
-            d[b] = positive(s, share, 63, scales[b])
-            dmin[b] = positive(m, share, 63, mins[b])
-        else:
-            d[b] = _six_bits(s, scales[b])
-            dmin[b] = _six_bits(m, mins[b])
-
-
-@_compiled
-def _six_bits(values, codes):
-    high = _f(0)
-    for j in range(values.size):
-        high = max(high, values[j])
-    inverse = _f(63) / high if high > 0 else _f(0)
-    for j in range(values.size):
-        codes[j] = min(63, rint(inverse * values[j]))
-    return high / _f(63)
-
-
-@_compiled
-def search_q6_k(start, stop, x, importance, codes, d, scales):
-    """Q6_K super-blocks: sixteen symmetric searches, then eight-bit scales. ``importance`` may be empty."""
-    w, s = np.empty(16, np.float32), np.empty(16, np.float32)
-    for b in range(start, stop):
-        peak, size = _f(0), _f(0)
-        for j in range(16):
-            run = x[b, 16 * j : 16 * j + 16]
-            for i in range(16):
-                if importance.size:
-                    w[i] = importance[b % importance.shape[0], 16 * j + i]
-                else:
-                    w[i] = run[i] * run[i]
-            s[j] = symmetric(run, w, 32, codes[b, 16 * j : 16 * j + 16])
-            if abs(s[j]) > size:
-                size, peak = abs(s[j]), s[j]
-        if size < _TINY:
-            d[b] = _f(0)
-            scales[b] = 0
-            codes[b] = 0
-            continue
-        inverse = _f(-128) / peak
-        d[b] = _f(1) / inverse
-        for j in range(16):
-            scales[b, j] = min(127, rint(inverse * s[j]))
-
-
-@_compiled
-def settle_q4_k(start, stop, x, d, dmin, scales, mins, codes):
-    """Codes against the stored (half-precision) scales; a sub-block whose scale is 0 keeps its codes."""
-    for b in range(start, stop):
-        for j in range(8):
-            scale, low = d[b] * _f(scales[b, j]), dmin[b] * _f(mins[b, j])
-            if scale != 0:
-                for i in range(32 * j, 32 * j + 32):
-                    codes[b, i] = _clipped((x[b, i] + low) / scale, 0, 15)
-
-
-@_compiled
-def settle_q6_k(start, stop, x, d, scales, codes):
-    """Codes against the stored (half-precision) scales; a sub-block whose scale is 0 keeps its codes."""
-    for b in range(start, stop):
-        for j in range(16):
-            scale = d[b] * _f(scales[b, j])
-            if scale != 0:
-                for i in range(16 * j, 16 * j + 16):
-                    codes[b, i] = 32 + _clipped(x[b, i] / scale, -32, 31)
+        power[r] = factor * total / _f(x.shape[1])

@@ -1,0 +1,178 @@
+"""What surrounds llama.cpp's scale searches: plain rounding of 32-blocks, super-block scales, final codes.
+
+Every kernel does blocks ``start … stop``; the conditions of equality are those of
+:mod:`bitmill.numerics.ggml_search`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from bitmill.numerics.ggml_search import clipped, rint
+
+_compiled = njit(cache=True, nogil=True, error_model="numpy")
+
+_f, _i = np.float32, np.int32
+_ZERO, _ONE, _TINY, _TENTH = _f(0), _f(1), _f(1e-15), _f(0.1)
+
+
+@_compiled
+def plain_symmetric(start, stop, x, half, codes, d):
+    """Q4_0, Q5_0 without importance: the value of largest magnitude becomes code 0, that is ``-half``."""
+    for b in range(start, stop):
+        peak, size = _f(0), _ZERO
+        for i in range(32):
+            if abs(x[b, i]) > size:
+                size, peak = abs(x[b, i]), x[b, i]
+        d[b] = peak / _f(-half)
+        inverse = _ONE / d[b] if d[b] != 0 else _ZERO
+        for i in range(32):
+            codes[b, i] = _truncated(x[b, i] * inverse + (_f(half) + _f(0.5)), 2 * half - 1)
+
+
+@_compiled
+def plain_affine(start, stop, x, top, codes, d, m):
+    """Q4_1, Q5_1 without importance: the block's range in ``top`` steps."""
+    for b in range(start, stop):
+        low, high = x[b, 0], x[b, 0]
+        for i in range(32):
+            low, high = min(low, x[b, i]), max(high, x[b, i])
+        d[b], m[b] = (high - low) / _f(top), low
+        inverse = _ONE / d[b] if d[b] != 0 else _ZERO
+        for i in range(32):
+            codes[b, i] = _truncated((x[b, i] - low) * inverse + _f(0.5), top)
+
+
+@_compiled
+def plain_absmax(start, stop, x, codes, d):
+    """Q8_0: the largest magnitude in 127 steps, halves away from zero."""
+    for b in range(start, stop):
+        size = _ZERO
+        for i in range(32):
+            size = max(size, abs(x[b, i]))
+        d[b] = size / _f(127)
+        inverse = _ONE / d[b] if d[b] != 0 else _ZERO
+        for i in range(32):
+            value = x[b, i] * inverse
+            whole = np.trunc(value)
+            if abs(value - whole) >= _f(0.5):
+                whole += np.copysign(_ONE, value)
+            codes[b, i] = np.int8(whole) if abs(whole) <= 127 else np.int8(0)
+
+
+@_compiled
+def _truncated(value, top):
+    """Towards zero, capped; 0 where a subnormal scale has no finite inverse."""
+    return min(_i(top), _i(value)) if abs(value) < _f(256) else _i(0)
+
+
+@_compiled
+def scales_q4_k(start, stop, scale, low, share, told, d, dmin, scales, mins):
+    """Six-bit scales and mins of eight sub-blocks: a weighted search with importance, else the plain range."""
+    below = np.empty(8, np.float32)
+    for b in range(start, stop):
+        for j in range(8):
+            below[j] = -low[b, j]
+        if told:
+            d[b] = _positive(scale[b], share[b], 63, scales[b])
+            dmin[b] = _positive(below, share[b], 63, mins[b])
+        else:
+            d[b] = _six_bits(scale[b], scales[b])
+            dmin[b] = _six_bits(below, mins[b])
+
+
+@_compiled
+def scales_q6_k(start, stop, scale, codes, d, scales):
+    """Eight-bit scales of sixteen sub-blocks, the largest at -128; a silent super-block is all zero bytes."""
+    for b in range(start, stop):
+        peak, size = _ZERO, _ZERO
+        for j in range(16):
+            if abs(scale[b, j]) > size:
+                size, peak = abs(scale[b, j]), scale[b, j]
+        if size < _TINY:
+            d[b] = _ZERO
+            scales[b] = 0
+            codes[b] = 0
+            continue
+        inverse = _f(-128) / peak
+        d[b] = _ONE / inverse
+        for j in range(16):
+            scales[b, j] = min(_i(127), rint(inverse * scale[b, j]))
+
+
+@_compiled
+def _positive(x, w, top, codes):
+    """Scale of non-negative values in codes ``0 … top``: nine inverse scales, then coordinate descent."""
+    high = _ZERO
+    for i in range(x.size):
+        high = max(high, x[i])
+    codes[:] = 0
+    if high < _TINY:
+        return _ZERO
+    chosen, best = _ZERO, _ZERO
+    for trial in range(-5, 5):
+        if trial == 0:
+            continue
+        inverse = (_f(top) if trial == -5 else _TENTH * _f(trial) + _f(top)) / high
+        scale, error = _ONE / inverse, _ZERO
+        for i in range(x.size):
+            miss = x[i] - scale * _f(min(top, rint(inverse * x[i])))
+            error += w[i] * miss * miss
+        if trial == -5 or error < best:
+            chosen, best = inverse, error
+    dot, norm = _ZERO, _ZERO
+    for i in range(x.size):
+        codes[i] = min(top, rint(chosen * x[i]))
+        dot += w[i] * x[i] * _f(codes[i])
+        norm += w[i] * _f(codes[i]) * _f(codes[i])
+    for _ in range(5):
+        moved = False
+        for i in range(x.size):
+            q = _f(codes[i])
+            dot_rest, norm_rest = dot - w[i] * x[i] * q, norm - w[i] * q * q
+            if not (dot_rest > 0 and norm_rest > 0):
+                continue
+            code = min(top, rint(x[i] * norm_rest / dot_rest))
+            if code == codes[i]:
+                continue
+            dot_new = dot_rest + w[i] * x[i] * _f(code)
+            norm_new = norm_rest + w[i] * _f(code) * _f(code)
+            if dot_new * dot_new * norm > dot * dot * norm_new:
+                codes[i], dot, norm, moved = code, dot_new, norm_new, True
+        if not moved:
+            break
+    return dot / norm if norm > 0 else _ZERO
+
+
+@_compiled
+def _six_bits(values, codes):
+    high = _ZERO
+    for j in range(values.size):
+        high = max(high, values[j])
+    inverse = _f(63) / high if high > 0 else _ZERO
+    for j in range(values.size):
+        codes[j] = min(63, rint(inverse * values[j]))
+    return high / _f(63)
+
+
+@_compiled
+def settle_q4_k(start, stop, x, d, dmin, scales, mins, codes):
+    """Codes against the stored (half-precision) scales; a sub-block whose scale is 0 keeps its codes."""
+    for b in range(start, stop):
+        for j in range(8):
+            scale, low = d[b] * _f(scales[b, j]), dmin[b] * _f(mins[b, j])
+            if scale != 0:
+                for i in range(32 * j, 32 * j + 32):
+                    codes[b, i] = clipped((x[b, i] + low) / scale, _i(0), _i(15))
+
+
+@_compiled
+def settle_q6_k(start, stop, x, d, scales, codes):
+    """Codes against the stored (half-precision) scales; a sub-block whose scale is 0 keeps its codes."""
+    for b in range(start, stop):
+        for j in range(16):
+            scale = d[b] * _f(scales[b, j])
+            if scale != 0:
+                for i in range(16 * j, 16 * j + 16):
+                    codes[b, i] = _i(32) + clipped(x[b, i] / scale, _i(-32), _i(31))
