@@ -156,7 +156,8 @@ class Integer(ScalarGrid):
 
     def step(self, params: Params, at: int, columns: int) -> Tensor:
         scale = params["scale"]
-        return spread(scale, self.group, at, columns).abs().expand(-1, columns)
+        rows = scale.shape[0]
+        return spread(scale, self.group, at, columns).abs().expand(rows, columns)
 
     def scaled(self, params: Params, factor: Tensor) -> Params:
         """The zero code keeps its place, so both ends of the range move in proportion."""
@@ -177,9 +178,10 @@ class Integer(ScalarGrid):
             return scale, torch.full_like(scale, float(2 ** (self.bits - 1)))
         if self.zero == "fz":
             low, high = torch.minimum(low, high / 2), torch.maximum(high, low / 2)
-            scale = stored((high - low) / top, dtype)
-            zero = -low / scale
-            return scale, torch.where(zero == 0, 0.0, stored(zero, dtype))
+            step = (high - low) / top
+            scale = stored(step, dtype)
+            lost = step < scale / 2  # smaller than any scale: the codes hold zeros only
+            return scale, torch.where(lost, 0.0, stored(-low / scale, dtype))
         low, high = low.clamp(max=0), high.clamp(min=0)
         if self.zero_floor:
             low = torch.minimum(low, -high / (top - 1))
