@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from math import isfinite
 from typing import Any, final
 
 import numpy as np
@@ -146,10 +147,12 @@ def _affine(type: str, params: Params, at: int, columns: int) -> tuple[Tensor, T
 
 def _check(type: str, w: Tensor, importance: Tensor | None) -> None:
     where = f"a weight of shape {tuple(w.shape)} on its way to {type}"
-    if not torch.isfinite(w).all():
-        raise Unsolvable("the weight holds values that are not finite", where=where)
-    if w.numel() and w.abs().max() > _LARGEST:
-        raise _too_large(float(w.abs().max()), where)
+    if w.numel():
+        low, high = (float(value) for value in torch.aminmax(w))
+        if not (isfinite(low) and isfinite(high)):
+            raise Unsolvable("the weight holds values that are not finite", where=where)
+        if max(-low, high) > _LARGEST:
+            raise _too_large(max(-low, high), where)
     if importance is None:
         return
     if importance.shape not in (w.shape, w.shape[1:]):

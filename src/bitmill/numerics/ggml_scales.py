@@ -18,53 +18,74 @@ _ZERO, _ONE, _TINY, _TENTH = _f(0), _f(1), _f(1e-15), _f(0.1)
 
 
 @_compiled
+def _sortable(bits):
+    """Integers in the order of the floats they are the bits of; its own inverse."""
+    return _i(bits ^ ((bits >> _i(31)) & _i(0x7FFFFFFF)))
+
+
+@_compiled
+def _extremes(run):
+    """Smallest and largest value. As integers, because that order may be reduced in parallel."""
+    least = _sortable(_f(run[0]).view(np.int32))
+    most = least
+    for i in range(32):
+        key = _sortable(_f(run[i]).view(np.int32))
+        least, most = min(least, key), max(most, key)
+    return _i(_sortable(least)).view(np.float32), _i(_sortable(most)).view(np.float32)
+
+
+@_compiled
 def plain_symmetric(start, stop, x, half, codes, d):
     """Q4_0, Q5_0 without importance: the value of largest magnitude becomes code 0, that is ``-half``."""
+    middle, top = _f(half) + _f(0.5), _i(2 * half - 1)
     for b in range(start, stop):
-        peak, size = _f(0), _ZERO
-        for i in range(32):
-            if abs(x[b, i]) > size:
-                size, peak = abs(x[b, i]), x[b, i]
+        low, high = _extremes(x[b])
+        peak = high if high > -low else low
+        if high == -low:  # the first of equals wins, and zeros are +0
+            peak, size = _ZERO, _ZERO
+            for i in range(32):
+                if abs(x[b, i]) > size:
+                    size, peak = abs(x[b, i]), x[b, i]
         d[b] = peak / _f(-half)
         inverse = _ONE / d[b] if d[b] != 0 else _ZERO
         for i in range(32):
-            codes[b, i] = _truncated(x[b, i] * inverse + (_f(half) + _f(0.5)), 2 * half - 1)
+            codes[b, i] = _truncated(x[b, i] * inverse + middle, top)
 
 
 @_compiled
 def plain_affine(start, stop, x, top, codes, d, m):
     """Q4_1, Q5_1 without importance: the block's range in ``top`` steps."""
+    highest = _i(top)
     for b in range(start, stop):
-        low, high = x[b, 0], x[b, 0]
-        for i in range(32):
-            low, high = min(low, x[b, i]), max(high, x[b, i])
+        low, high = _extremes(x[b])
+        if low == 0 or high == 0:  # +0 and -0 are equal, and the first one wins
+            low, high = x[b, 0], x[b, 0]
+            for i in range(32):
+                low, high = min(low, x[b, i]), max(high, x[b, i])
         d[b], m[b] = (high - low) / _f(top), low
         inverse = _ONE / d[b] if d[b] != 0 else _ZERO
         for i in range(32):
-            codes[b, i] = _truncated((x[b, i] - low) * inverse + _f(0.5), top)
+            codes[b, i] = _truncated((x[b, i] - low) * inverse + _f(0.5), highest)
 
 
 @_compiled
 def plain_absmax(start, stop, x, codes, d):
     """Q8_0: the largest magnitude in 127 steps, halves away from zero."""
     for b in range(start, stop):
-        size = _ZERO
-        for i in range(32):
-            size = max(size, abs(x[b, i]))
-        d[b] = size / _f(127)
+        low, high = _extremes(x[b])
+        d[b] = max(abs(low), abs(high)) / _f(127)
         inverse = _ONE / d[b] if d[b] != 0 else _ZERO
         for i in range(32):
             value = x[b, i] * inverse
             whole = np.trunc(value)
-            if abs(value - whole) >= _f(0.5):
-                whole += np.copysign(_ONE, value)
-            codes[b, i] = np.int8(whole) if abs(whole) <= 127 else np.int8(0)
+            whole += np.copysign(_ONE, value) if abs(value - whole) >= _f(0.5) else _ZERO
+            codes[b, i] = _i(whole) if abs(whole) < _f(128) else _i(0)
 
 
 @_compiled
 def _truncated(value, top):
     """Towards zero, capped; 0 where a subnormal scale has no finite inverse."""
-    return min(_i(top), _i(value)) if abs(value) < _f(256) else _i(0)
+    return min(top, _i(value)) if abs(value) < _f(256) else _i(0)
 
 
 @_compiled
