@@ -1,7 +1,7 @@
 """llama.cpp's legacy blocks and K-quants (Kawrakow, llama.cpp PR #1684): small blocks, scales of scales.
 
-``round`` is llama.cpp's own search, to the byte, with and without an importance vector ("imatrix"); ``encode``
-is nearest rounding against given parameters, which is what a solver with its own idea of codes needs.
+``round`` is llama.cpp's own search, to the byte, with and without an importance vector ("imatrix");
+``encode`` is nearest rounding against given parameters, what a solver with its own idea of codes needs.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _TOP = {"q4_0": 15, "q4_1": 15, "q5_0": 31, "q5_1": 31, "q4_k": 15, "q6_k": 63}
 class KQuant(ScalarGrid):
     """One of llama.cpp's block types.
 
-    Codes are ``out in``, unsigned as stored (int8 for ``q8_0``). Parameters are float32 holding half-precision
-    values, and integers a sub-block:
+    Codes are ``out in``, unsigned as stored (int8 for ``q8_0``). Parameters are float32 that hold
+    half-precision values, and integers a sub-block:
 
-    * ``q4_0 q5_0 q8_0``: ``d`` (``out in/32``); value = d · (code − half), half = 8, 16, 0.
+    * ``q4_0 q5_0 q8_0``: ``d`` (``out in/32``); value = d · (code - half), half = 8, 16, 0.
     * ``q4_1 q5_1``: ``d m`` (``out in/32``); value = d · code + m.
     * ``q4_k``: ``d dmin`` (``out in/256``), ``scales mins`` uint8 (``out in/32``); value =
-      d · scale · code − dmin · min.
-    * ``q6_k``: ``d`` (``out in/256``), ``scales`` int8 (``out in/16``); value = d · scale · (code − 32).
+      d · scale · code - dmin · min.
+    * ``q6_k``: ``d`` (``out in/256``), ``scales`` int8 (``out in/16``); value = d · scale · (code - 32).
 
     Attributes:
         type: llama.cpp's name, lower-case.
@@ -90,7 +90,7 @@ class KQuant(ScalarGrid):
         return self.round(w, importance).params
 
     def encode(self, w: Tensor, params: Params, at: int = 0) -> Tensor:
-        """Nearest codes. −128 is never used in ``q8_0``: some kernels take absolute values in 8 bits. Where a
+        """Nearest codes. -128 is never used in ``q8_0``: some kernels take absolute values in 8 bits. Where a
         scale is 0 every code has the same value and the one for 0 is written."""
         step, base = _affine(self.type, params, at, w.shape[1])
         shifted = w if base is None else w - base

@@ -6,25 +6,30 @@ Every kernel does blocks ``start … stop``; the conditions of equality are thos
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
 
 from bitmill.numerics.ggml_search import clipped, rint
 
 _compiled = njit(cache=True, nogil=True, error_model="numpy")
 
+_Floats = NDArray[np.float32]
+_Codes = NDArray[Any]
 _f, _i = np.float32, np.int32
 _ZERO, _ONE, _TINY, _TENTH = _f(0), _f(1), _f(1e-15), _f(0.1)
 
 
 @_compiled
-def _sortable(bits):
+def _sortable(bits: np.int32) -> np.int32:
     """Integers in the order of the floats they are the bits of; its own inverse."""
     return _i(bits ^ ((bits >> _i(31)) & _i(0x7FFFFFFF)))
 
 
 @_compiled
-def _extremes(run):
+def _extremes(run: _Floats) -> tuple[np.float32, np.float32]:
     """Smallest and largest value. As integers, because that order may be reduced in parallel."""
     least = _sortable(_f(run[0]).view(np.int32))
     most = least
@@ -35,7 +40,7 @@ def _extremes(run):
 
 
 @_compiled
-def plain_symmetric(start, stop, x, half, codes, d):
+def plain_symmetric(start: int, stop: int, x: _Floats, half: int, codes: _Codes, d: _Floats) -> None:
     """Q4_0, Q5_0 without importance: the value of largest magnitude becomes code 0, that is ``-half``."""
     middle, top = _f(half) + _f(0.5), _i(2 * half - 1)
     for b in range(start, stop):
@@ -53,7 +58,7 @@ def plain_symmetric(start, stop, x, half, codes, d):
 
 
 @_compiled
-def plain_affine(start, stop, x, top, codes, d, m):
+def plain_affine(start: int, stop: int, x: _Floats, top: int, codes: _Codes, d: _Floats, m: _Floats) -> None:
     """Q4_1, Q5_1 without importance: the block's range in ``top`` steps."""
     highest = _i(top)
     for b in range(start, stop):
@@ -69,7 +74,7 @@ def plain_affine(start, stop, x, top, codes, d, m):
 
 
 @_compiled
-def plain_absmax(start, stop, x, codes, d):
+def plain_absmax(start: int, stop: int, x: _Floats, codes: _Codes, d: _Floats) -> None:
     """Q8_0: the largest magnitude in 127 steps, halves away from zero."""
     for b in range(start, stop):
         low, high = _extremes(x[b])
@@ -83,14 +88,25 @@ def plain_absmax(start, stop, x, codes, d):
 
 
 @_compiled
-def _truncated(value, top):
+def _truncated(value: np.float32, top: np.int32) -> np.int32:
     """Towards zero, capped; 0 where a subnormal scale has no finite inverse."""
     return min(top, _i(value)) if abs(value) < _f(256) else _i(0)
 
 
 @_compiled
-def scales_q4_k(start, stop, scale, low, share, told, d, dmin, scales, mins):
-    """Six-bit scales and mins of eight sub-blocks: a weighted search with importance, else the plain range."""
+def scales_q4_k(
+    start: int,
+    stop: int,
+    scale: _Floats,
+    low: _Floats,
+    share: _Floats,
+    told: bool,
+    d: _Floats,
+    dmin: _Floats,
+    scales: _Codes,
+    mins: _Codes,
+) -> None:
+    """Six-bit scales and mins of eight sub-blocks: searched when ``told`` what matters."""
     below = np.empty(8, np.float32)
     for b in range(start, stop):
         for j in range(8):
@@ -104,7 +120,7 @@ def scales_q4_k(start, stop, scale, low, share, told, d, dmin, scales, mins):
 
 
 @_compiled
-def scales_q6_k(start, stop, scale, codes, d, scales):
+def scales_q6_k(start: int, stop: int, scale: _Floats, codes: _Codes, d: _Floats, scales: _Codes) -> None:
     """Eight-bit scales of sixteen sub-blocks, the largest at -128; a silent super-block is all zero bytes."""
     for b in range(start, stop):
         peak, size = _ZERO, _ZERO
@@ -123,7 +139,7 @@ def scales_q6_k(start, stop, scale, codes, d, scales):
 
 
 @_compiled
-def _positive(x, w, top, codes):
+def _positive(x: _Floats, w: _Floats, top: int, codes: _Codes) -> np.float32:
     """Scale of non-negative values in codes ``0 … top``: nine inverse scales, then coordinate descent."""
     high = _ZERO
     for i in range(x.size):
@@ -167,7 +183,7 @@ def _positive(x, w, top, codes):
 
 
 @_compiled
-def _six_bits(values, codes):
+def _six_bits(values: _Floats, codes: _Codes) -> np.float32:
     high = _ZERO
     for j in range(values.size):
         high = max(high, values[j])
@@ -178,7 +194,9 @@ def _six_bits(values, codes):
 
 
 @_compiled
-def settle_q4_k(start, stop, x, d, dmin, scales, mins, codes):
+def settle_q4_k(
+    start: int, stop: int, x: _Floats, d: _Floats, dmin: _Floats, scales: _Codes, mins: _Codes, codes: _Codes
+) -> None:
     """Codes against the stored (half-precision) scales; a sub-block whose scale is 0 keeps its codes."""
     for b in range(start, stop):
         for j in range(8):
@@ -189,7 +207,7 @@ def settle_q4_k(start, stop, x, d, dmin, scales, mins, codes):
 
 
 @_compiled
-def settle_q6_k(start, stop, x, d, scales, codes):
+def settle_q6_k(start: int, stop: int, x: _Floats, d: _Floats, scales: _Codes, codes: _Codes) -> None:
     """Codes against the stored (half-precision) scales; a sub-block whose scale is 0 keeps its codes."""
     for b in range(start, stop):
         for j in range(16):

@@ -1,10 +1,11 @@
 """Scale searches of llama.cpp's block quantizers (K-quants: Kawrakow, llama.cpp PR #1684), bit for bit.
 
-Two searches over runs of weights: symmetric (codes around 0) and affine (scale and non-positive minimum). Both
-try a ladder of inverse scales, refit by weighted least squares and keep the best. Equality to the byte needs float32 throughout, sums in element order, no fused
-multiply-add and the same rounding trick; hence compiled loops without fast-math.
+Two searches over runs of weights: symmetric (codes around 0) and affine (scale and non-positive minimum).
+Both try a ladder of inverse scales, refit by weighted least squares and keep the best. Equality to the byte
+needs float32 throughout, sums in element order, no fused multiply-add and the same rounding trick; hence
+compiled loops without fast-math.
 
-The order of a sum leaves nothing to vectorize inside a run, so ``_LANES`` runs go side by side: a work buffer
+The order of a sum leaves nothing to vectorize inside a run, so ``LANES`` runs go side by side: a work buffer
 holds element ``i`` of every lane next to each other, and each sum is a row of lanes. Buffers are flat with
 constant offsets because that is what lets the compiler see that rows do not overlap.
 
@@ -13,48 +14,54 @@ Every kernel does items ``start … stop`` of its arrays, so that callers can sh
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
 
 _compiled = njit(cache=True, nogil=True, error_model="numpy")
 
-_LANES = 64
-LANES = _LANES
+LANES = 64
 """Runs a search takes side by side; the unit of ``start … stop`` in the two run searches."""
 
 SQUARE, LOUDNESS, GIVEN, SHAPED = range(4)
 """Weights of elements: x² · rms + |x| · importance · importance times sqrt(power + x²)."""
 
+_Floats = NDArray[np.float32]
+_Codes = NDArray[Any]
 _f, _i = np.float32, np.int32
 _ROUND, _MANTISSA, _MIDDLE = _f(12582912.0), _i(0x007FFFFF), _i(0x00400000)
 _TINY, _TENTH, _ZERO, _ONE = _f(1e-15), _f(0.1), _f(0), _f(1)
 
 # Rows of the state buffer, as offsets.
 _LOW, _HIGH, _INVERSE, _SCALE, _BEST, _CHOSEN, _ORIGIN, _SUM_W, _SUM_X, _SUM_Q, _SUM_QQ, _SUM_XQ, _ERROR = (
-    _LANES * row for row in range(13)
+    LANES * row for row in range(13)
 )
-_NEW_SCALE, _NEW_LOW = _LANES * 13, _LANES * 14
+_NEW_SCALE, _NEW_LOW = LANES * 13, LANES * 14
 _ROWS = 15
 
 
 @_compiled
-def rint(value):
+def rint(value: np.float32) -> np.int32:
     """Round half to even, exact below 2^22 and well defined beyond: 1.5 · 2^23 leaves it in the mantissa."""
     return _i((_f(value + _ROUND).view(np.int32) & _MANTISSA) - _MIDDLE)
 
 
 @_compiled
-def clipped(value, low, high):
+def clipped(value: np.float32, low: np.int32, high: np.int32) -> np.int32:
     return max(low, min(high, rint(value)))
 
 
 @_compiled
-def _load(work, n, first, x, kind, importance, power, per):
-    """Fill ``work``: row 2i is element i of ``_LANES`` runs from ``first``, row 2i+1 its weight.
+def _load(
+    work: _Floats, n: int, first: int, x: _Floats, kind: int, importance: _Floats, power: _Floats, per: int
+) -> None:
+    """Fill ``work``: row 2i is element i of ``LANES`` runs from ``first``, row 2i+1 its weight.
 
     Run ``r`` uses ``power[r // per]`` and row ``r`` of ``importance``, whose rows repeat.
     """
-    for j in range(_LANES):
+    for j in range(LANES):
         r = min(first + j, x.shape[0] - 1)
         given = r % importance.shape[0] if kind >= GIVEN else 0
         base = _ZERO
@@ -74,12 +81,23 @@ def _load(work, n, first, x, kind, importance, power, per):
                 weight = importance[given, i]
             else:
                 weight = importance[given, i] * np.sqrt(base + value * value)
-            work[2 * i * _LANES + j] = value
-            work[(2 * i + 1) * _LANES + j] = weight
+            work[2 * i * LANES + j] = value
+            work[(2 * i + 1) * LANES + j] = weight
 
 
 @_compiled
-def symmetric_runs(start, stop, x, kind, importance, power, per, half, codes, scale):
+def symmetric_runs(
+    start: int,
+    stop: int,
+    x: _Floats,
+    kind: int,
+    importance: _Floats,
+    power: _Floats,
+    per: int,
+    half: int,
+    codes: _Codes,
+    scale: _Floats,
+) -> None:
     """Least-squares scale of codes ``-half … half-1`` (stored with ``half`` added), 19 inverse scales a run.
 
     Args:
@@ -88,51 +106,53 @@ def symmetric_runs(start, stop, x, kind, importance, power, per, half, codes, sc
         kind, importance, power, per: weights of the elements, see :func:`_load`.
     """
     n = x.shape[1]
-    work, s = np.empty(2 * n * _LANES, np.float32), np.empty(_ROWS * _LANES, np.float32)
+    work, s = np.empty(2 * n * LANES, np.float32), np.empty(_ROWS * LANES, np.float32)
     least, most = _i(-half), _i(half - 1)
     for group in range(start, stop):
-        first = group * _LANES
+        first = group * LANES
         _load(work, n, first, x, kind, importance, power, per)
         _peak(work, n, s)
         for trial in range(-10, 10):
             if trial != 0:
                 ladder = _f(half) if trial == -10 else _f(half) + _TENTH * _f(trial)
                 _try_symmetric(work, n, s, ladder, trial == -10, least, most)
-        for j in range(min(_LANES, x.shape[0] - first)):
+        for j in range(min(LANES, x.shape[0] - first)):
             silent = s[_ERROR + j] < _TINY
             scale[first + j] = _ZERO if silent else s[_SCALE + j]
             for i in range(n):
-                q = _i(half) + clipped(s[_CHOSEN + j] * work[2 * i * _LANES + j], least, most)
+                q = _i(half) + clipped(s[_CHOSEN + j] * work[2 * i * LANES + j], least, most)
                 codes[first + j, i] = _i(0) if silent else q
 
 
 @_compiled
-def _peak(work, n, s):
+def _peak(work: _Floats, n: int, s: _Floats) -> None:
     """Signed value of largest magnitude (the first of equals) to ``_HIGH``, the magnitude to ``_ERROR``."""
-    for j in range(_LANES):
+    for j in range(LANES):
         s[_HIGH + j] = _ONE
         s[_ERROR + j] = _ZERO
     for i in range(n):
-        for j in range(_LANES):
-            value = work[2 * i * _LANES + j]
+        for j in range(LANES):
+            value = work[2 * i * LANES + j]
             larger = abs(value) > s[_ERROR + j]
             s[_HIGH + j] = value if larger else s[_HIGH + j]
             s[_ERROR + j] = abs(value) if larger else s[_ERROR + j]
 
 
 @_compiled
-def _try_symmetric(work, n, s, ladder, always, least, most):
-    for j in range(_LANES):
+def _try_symmetric(
+    work: _Floats, n: int, s: _Floats, ladder: np.float32, always: bool, least: np.int32, most: np.int32
+) -> None:
+    for j in range(LANES):
         s[_INVERSE + j] = -ladder / s[_HIGH + j]
         s[_SUM_XQ + j] = _ZERO
         s[_SUM_QQ + j] = _ZERO
     for i in range(n):
-        for j in range(_LANES):
-            x, w = work[2 * i * _LANES + j], work[(2 * i + 1) * _LANES + j]
+        for j in range(LANES):
+            x, w = work[2 * i * LANES + j], work[(2 * i + 1) * LANES + j]
             q = _f(clipped(s[_INVERSE + j] * x, least, most))
             s[_SUM_XQ + j] += w * x * q
             s[_SUM_QQ + j] += w * q * q
-    for j in range(_LANES):
+    for j in range(LANES):
         dot, norm = s[_SUM_XQ + j], s[_SUM_QQ + j]
         if always or (norm > 0 and dot * dot > s[_BEST + j] * norm):
             s[_SCALE + j] = dot / norm if norm != 0 else _ZERO
@@ -142,9 +162,25 @@ def _try_symmetric(work, n, s, ladder, always, least, most):
 
 @_compiled
 def affine_runs(
-    start, stop, x, kind, importance, power, per, top, first_rung, rung, steps, codes, scale, low, share
-):
-    """Scale and minimum (never positive) of codes ``0 … top``; inverse scales ``first + rung·k + top``, k ≤ steps.
+    start: int,
+    stop: int,
+    x: _Floats,
+    kind: int,
+    importance: _Floats,
+    power: _Floats,
+    per: int,
+    top: int,
+    first_rung: np.float32,
+    rung: np.float32,
+    steps: int,
+    codes: _Codes,
+    scale: _Floats,
+    low: _Floats,
+    share: _Floats,
+) -> None:
+    """Scale and minimum (never positive) of codes ``0 … top``.
+
+    The inverse scales tried are ``first_rung + rung·k + top`` over the range, k ≤ ``steps``.
 
     Args:
         start, stop: groups of ``LANES`` runs.
@@ -153,36 +189,36 @@ def affine_runs(
         kind, importance, power, per: weights of the elements, see :func:`_load`.
     """
     n = x.shape[1]
-    work, s = np.empty(2 * n * _LANES, np.float32), np.empty(_ROWS * _LANES, np.float32)
+    work, s = np.empty(2 * n * LANES, np.float32), np.empty(_ROWS * LANES, np.float32)
     highest = _i(top)
     for group in range(start, stop):
-        first = group * _LANES
+        first = group * LANES
         _load(work, n, first, x, kind, importance, power, per)
         _range(work, n, s)
         _first_affine(work, n, s, highest)
         for k in range(steps + 1):
             _try_affine(work, n, s, highest, first_rung + rung * _f(k) + _f(top))
-        for j in range(min(_LANES, x.shape[0] - first)):
+        for j in range(min(LANES, x.shape[0] - first)):
             flat = s[_BEST + j] < 0
             scale[first + j] = _ZERO if flat else s[_SCALE + j]
             low[first + j], share[first + j] = s[_LOW + j], s[_SUM_W + j]
             for i in range(n):
-                shifted = work[2 * i * _LANES + j] - s[_ORIGIN + j]
+                shifted = work[2 * i * LANES + j] - s[_ORIGIN + j]
                 q = clipped(s[_CHOSEN + j] * shifted, _i(0), highest)
                 codes[first + j, i] = _i(0) if flat else q
 
 
 @_compiled
-def _range(work, n, s):
+def _range(work: _Floats, n: int, s: _Floats) -> None:
     """Smallest value or 0, largest value, sums of w and w·x."""
-    for j in range(_LANES):
+    for j in range(LANES):
         s[_LOW + j] = min(work[j], _ZERO)
         s[_HIGH + j] = work[j]
         s[_SUM_W + j] = _ZERO
         s[_SUM_X + j] = _ZERO
     for i in range(n):
-        for j in range(_LANES):
-            x, w = work[2 * i * _LANES + j], work[(2 * i + 1) * _LANES + j]
+        for j in range(LANES):
+            x, w = work[2 * i * LANES + j], work[(2 * i + 1) * LANES + j]
             s[_LOW + j] = min(s[_LOW + j], x)
             s[_HIGH + j] = max(s[_HIGH + j], x)
             s[_SUM_W + j] += w
@@ -190,14 +226,14 @@ def _range(work, n, s):
 
 
 @_compiled
-def _first_affine(work, n, s, top):
+def _first_affine(work: _Floats, n: int, s: _Floats, top: np.int32) -> None:
     """The plain range as the answer to beat; a lane without range gets an error nothing can beat."""
-    for j in range(_LANES):
+    for j in range(LANES):
         s[_INVERSE + j] = _f(top) / (s[_HIGH + j] - s[_LOW + j])
         s[_NEW_SCALE + j] = _ONE / s[_INVERSE + j]
         s[_NEW_LOW + j] = s[_LOW + j]
     _affine_error(work, n, s, top)
-    for j in range(_LANES):
+    for j in range(LANES):
         s[_SCALE + j] = s[_NEW_SCALE + j]
         s[_BEST + j] = s[_ERROR + j] if s[_HIGH + j] > s[_LOW + j] else -_ONE
         s[_CHOSEN + j] = s[_INVERSE + j]
@@ -205,21 +241,21 @@ def _first_affine(work, n, s, top):
 
 
 @_compiled
-def _try_affine(work, n, s, top, ladder):
+def _try_affine(work: _Floats, n: int, s: _Floats, top: np.int32, ladder: np.float32) -> None:
     """One rung: assign codes, solve the two normal equations, keep the fit if its error is lower."""
-    for j in range(_LANES):
+    for j in range(LANES):
         s[_INVERSE + j] = ladder / (s[_HIGH + j] - s[_LOW + j])
         s[_SUM_Q + j] = _ZERO
         s[_SUM_QQ + j] = _ZERO
         s[_SUM_XQ + j] = _ZERO
     for i in range(n):
-        for j in range(_LANES):
-            x, w = work[2 * i * _LANES + j], work[(2 * i + 1) * _LANES + j]
+        for j in range(LANES):
+            x, w = work[2 * i * LANES + j], work[(2 * i + 1) * LANES + j]
             q = _f(clipped(s[_INVERSE + j] * (x - s[_LOW + j]), _i(0), top))
             s[_SUM_Q + j] += w * q
             s[_SUM_QQ + j] += w * q * q
             s[_SUM_XQ + j] += w * q * x
-    for j in range(_LANES):
+    for j in range(LANES):
         sum_q, sum_qq, sum_xq = s[_SUM_Q + j], s[_SUM_QQ + j], s[_SUM_XQ + j]
         sum_w, sum_x = s[_SUM_W + j], s[_SUM_X + j]
         det = sum_w * sum_qq - sum_q * sum_q
@@ -229,7 +265,7 @@ def _try_affine(work, n, s, top, ladder):
         s[_NEW_LOW + j] = _ZERO if low > 0 else low
         s[_SUM_Q + j] = det
     _affine_error(work, n, s, top)
-    for j in range(_LANES):
+    for j in range(LANES):
         if s[_SUM_Q + j] > 0 and s[_ERROR + j] < s[_BEST + j]:
             s[_BEST + j] = s[_ERROR + j]
             s[_CHOSEN + j] = s[_INVERSE + j]
@@ -239,19 +275,19 @@ def _try_affine(work, n, s, top, ladder):
 
 
 @_compiled
-def _affine_error(work, n, s, top):
-    for j in range(_LANES):
+def _affine_error(work: _Floats, n: int, s: _Floats, top: np.int32) -> None:
+    for j in range(LANES):
         s[_ERROR + j] = _ZERO
     for i in range(n):
-        for j in range(_LANES):
-            x, w = work[2 * i * _LANES + j], work[(2 * i + 1) * _LANES + j]
+        for j in range(LANES):
+            x, w = work[2 * i * LANES + j], work[(2 * i + 1) * LANES + j]
             q = _f(clipped(s[_INVERSE + j] * (x - s[_LOW + j]), _i(0), top))
             miss = s[_NEW_SCALE + j] * q + s[_NEW_LOW + j] - x
             s[_ERROR + j] += w * (miss * miss)
 
 
 @_compiled
-def mean_square(start, stop, x, factor, power):
+def mean_square(start: int, stop: int, x: _Floats, factor: np.float32, power: _Floats) -> None:
     """``factor`` times the mean square of each row, summed in order."""
     for r in range(start, stop):
         total = _ZERO
