@@ -238,7 +238,7 @@ def test_size_is_what_is_published_and_grows_with_rows(grid: Grid):
     if not codes.is_floating_point():
         assert bits >= codes.numel() * len(codes.unique()).bit_length() - codes.numel()
     assert grid.storage_bits((2 * OUT, IN)) <= 2 * bits
-    assert grid.storage_bits((2 * OUT, IN)) >= 2 * bits - 64
+    assert grid.storage_bits((2 * OUT, IN)) >= 2 * bits - 256
     if str(grid) in PUBLISHED_BPW:
         assert bits == PUBLISHED_BPW[str(grid)] * OUT * IN
 
