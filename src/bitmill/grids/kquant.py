@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bitmill.core.axes import ScalarGrid
-from bitmill.core.errors import Unsolvable
+from bitmill.core.errors import Refused, Unsolvable
 from bitmill.core.types import Params, Quantized
 from bitmill.numerics import ggml_scales as scales_of
 from bitmill.numerics import ggml_search as search
@@ -26,7 +26,10 @@ from bitmill.numerics.blocks import TYPES
 
 _NAMES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q6_k")
 _HALF = {"q4_0": 8, "q5_0": 16, "q8_0": 0, "q6_k": 32}
-_LARGEST = 65504.0 * 128 * 32  # the widest block, q6_k's; squares of what is beyond would overflow the search
+_HALF_MAX = 65504.0
+_LARGEST = (
+    _HALF_MAX * 128 * 32
+)  # the widest block, q6_k's; squares of what is beyond would overflow the search
 _TOP = {"q4_0": 15, "q4_1": 15, "q5_0": 31, "q5_1": 31, "q4_k": 15, "q6_k": 63}
 
 
@@ -108,10 +111,11 @@ class KQuant(ScalarGrid):
         """llama.cpp's search, whose bytes it reproduces.
 
         Raises:
+            Refused: rows are not whole blocks.
             Unsolvable: a weight is not finite, or so large that a scale does not fit half precision.
         """
+        _check(self, w, importance)
         out, columns = w.shape
-        _check(self.type, w, importance)
         x = _blocks(w, self.block[1])
         told = None if importance is None else _blocks(importance, self.block[1])
         codes, params = _SEARCHES[self.type](self.type, x, told, out)
@@ -145,8 +149,11 @@ def _affine(type: str, params: Params, at: int, columns: int) -> tuple[Tensor, T
     return spread("d", 32), spread("m", 32) if type in ("q4_1", "q5_1") else None
 
 
-def _check(type: str, w: Tensor, importance: Tensor | None) -> None:
-    where = f"a weight of shape {tuple(w.shape)} on its way to {type}"
+def _check(grid: KQuant, w: Tensor, importance: Tensor | None) -> None:
+    where = f"a weight of shape {tuple(w.shape)} on its way to {grid}"
+    refusal = grid.refuses(tuple(w.shape))
+    if refusal is not None:
+        raise Refused(refusal, where=where)
     if w.numel():
         low, high = (float(value) for value in torch.aminmax(w))
         if not (isfinite(low) and isfinite(high)):
@@ -170,7 +177,7 @@ def _too_large(value: float, where: str | None = None) -> Unsolvable:
 
 
 def _half(values: Tensor) -> Tensor:
-    return values.to(torch.float16).to(torch.float32)
+    return values.clamp(-_HALF_MAX, _HALF_MAX).to(torch.float16).to(torch.float32)
 
 
 def _stored(values: np.ndarray) -> np.ndarray:
@@ -188,8 +195,8 @@ def _blocks(values: Tensor, length: int) -> np.ndarray:
 
 
 def _spread(kernel: Callable[..., None], count: int, *arrays: Any) -> None:
-    """Run a compiled kernel over ``count`` items on as many threads as torch uses."""
-    workers = max(1, min(torch.get_num_threads(), count // 16))
+    """Run a compiled kernel over ``count`` items, on torch's number of threads if the work is worth it."""
+    workers = max(1, min(torch.get_num_threads(), count, arrays[0].size >> 16))
     edges = [count * k // workers for k in range(workers + 1)]
     if workers == 1:
         kernel(0, count, *arrays)
@@ -200,7 +207,6 @@ def _spread(kernel: Callable[..., None], count: int, *arrays: Any) -> None:
 
 
 _Weights = tuple[int, np.ndarray, np.ndarray, int]
-_NOTHING = np.zeros((1, 1), np.float32)
 
 
 def _symmetric(x: np.ndarray, weights: _Weights, half: int) -> tuple[np.ndarray, np.ndarray]:
@@ -229,6 +235,11 @@ def _shaped(x: np.ndarray, importance: np.ndarray, run: int, factor: float) -> _
     return search.SHAPED, importance.reshape(-1, run), power, x.shape[1] // run
 
 
+def _unasked(kind: int) -> _Weights:
+    """Weights that come from the values alone."""
+    return kind, np.zeros((1, 1), np.float32), np.zeros(1, np.float32), 1
+
+
 _Found = tuple[np.ndarray, dict[str, np.ndarray]]
 
 
@@ -255,7 +266,7 @@ def _search_q4_k(type: str, x: np.ndarray, importance: np.ndarray | None, out: i
     if importance is not None:
         codes, scale, low, share = _ranged(runs, _shaped(x, importance, 32, 2), 15, -0.9, 0.05, 36)
     else:
-        weights = (search.LOUDNESS, _NOTHING, _NOTHING[0], 1)
+        weights = _unasked(search.LOUDNESS)
         codes, scale, low, share = _ranged(runs, weights, 15, -1.0, 0.1, 20)
     d, dmin = np.empty(count, np.float32), np.empty(count, np.float32)
     scales, mins = np.empty((count, 8), np.uint8), np.empty((count, 8), np.uint8)
@@ -269,9 +280,9 @@ def _search_q4_k(type: str, x: np.ndarray, importance: np.ndarray | None, out: i
 def _search_q6_k(type: str, x: np.ndarray, importance: np.ndarray | None, out: int) -> _Found:
     count, runs = len(x), x.reshape(-1, 16)
     if importance is not None:
-        weights = (search.GIVEN, importance.reshape(-1, 16), _NOTHING[0], 1)
+        weights = (search.GIVEN, importance.reshape(-1, 16), np.zeros(1, np.float32), 1)
     else:
-        weights = (search.SQUARE, _NOTHING, _NOTHING[0], 1)
+        weights = _unasked(search.SQUARE)
     codes, scale = _symmetric(runs, weights, 32)
     codes = codes.reshape(count, 256)
     d, scales = np.empty(count, np.float32), np.empty((count, 16), np.int8)

@@ -263,7 +263,7 @@ def _try_affine(work: _Floats, n: int, s: _Floats, top: np.int32, ladder: np.flo
         scale = (sum_w * sum_xq - sum_x * sum_q) / det
         s[_NEW_SCALE + j] = sum_xq / sum_qq if low > 0 else scale
         s[_NEW_LOW + j] = _ZERO if low > 0 else low
-        s[_SUM_Q + j] = det
+        s[_SUM_Q + j] = det  # the sum has served; where det is not positive the fit is void
     _affine_error(work, n, s, top)
     for j in range(LANES):
         if s[_SUM_Q + j] > 0 and s[_ERROR + j] < s[_BEST + j]:
