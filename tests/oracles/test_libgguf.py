@@ -51,6 +51,10 @@ def _degenerate() -> Tensor:
         "one subnormal": np.where(at == 40, 1e-39, 0.0),
         "loud and quiet sub-blocks": np.where(at % 256 < 32, noise, noise * 1e-5),
         "narrow around 1": 1 + 1e-4 * noise,
+        "sparse, zeros of both signs": np.where(at % 7 == 3, noise, np.where(at % 3 == 0, -0.0, 0.0)),
+        "positive beside zeros of both signs": np.where(at % 9 == 4, np.abs(noise), 0.0 * noise),
+        "wild": noise * np.exp(2 * rng.standard_normal(WIDTH)),
+        "coarse": np.round(2 * noise) / 2,
         "ramp": at * 1.0,
         "falling ramp": -at * 1.0,
     }

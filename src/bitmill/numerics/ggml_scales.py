@@ -66,7 +66,9 @@ def plain_affine(start: int, stop: int, x: _Floats, top: int, codes: _Codes, d: 
         if low == 0 or high == 0:  # +0 and -0 are equal, and the first one wins
             low, high = x[b, 0], x[b, 0]
             for i in range(32):
-                low, high = min(low, x[b, i]), max(high, x[b, i])
+                lower, higher = x[b, i] < low, x[b, i] > high
+                low = x[b, i] if lower else low
+                high = x[b, i] if higher else high
         d[b], m[b] = (high - low) / _f(top), low
         inverse = _ONE / d[b] if d[b] != 0 else _ZERO
         for i in range(32):

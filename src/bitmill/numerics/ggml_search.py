@@ -210,19 +210,22 @@ def affine_runs(
 
 @_compiled
 def _range(work: _Floats, n: int, s: _Floats) -> None:
-    """Smallest value or 0, largest value, sums of w and w·x."""
+    """Smallest value or 0, largest value, sums of w and w·x. Of +0 and -0 the first one stays."""
     for j in range(LANES):
-        s[_LOW + j] = min(work[j], _ZERO)
+        s[_LOW + j] = work[j]
         s[_HIGH + j] = work[j]
         s[_SUM_W + j] = _ZERO
         s[_SUM_X + j] = _ZERO
     for i in range(n):
         for j in range(LANES):
             x, w = work[2 * i * LANES + j], work[(2 * i + 1) * LANES + j]
-            s[_LOW + j] = min(s[_LOW + j], x)
-            s[_HIGH + j] = max(s[_HIGH + j], x)
+            lower, higher = x < s[_LOW + j], x > s[_HIGH + j]
+            s[_LOW + j] = x if lower else s[_LOW + j]
+            s[_HIGH + j] = x if higher else s[_HIGH + j]
             s[_SUM_W + j] += w
             s[_SUM_X + j] += w * x
+    for j in range(LANES):
+        s[_LOW + j] = _ZERO if s[_LOW + j] > 0 else s[_LOW + j]
 
 
 @_compiled
