@@ -1,8 +1,8 @@
-"""The GGUF container, read lazily and suspiciously: every count, length and offset is checked against the bytes
-that are really there before anything is allocated for it.
+"""The GGUF container, read lazily and suspiciously: every count, length and offset is checked against the
+bytes that are really there before anything is allocated for it.
 
-Byte layout (little endian, versions 2 and 3): magic, version, counts, key-value pairs, tensor records, padding,
-data. A file split as ``name-00001-of-00003.gguf`` is read as one, whichever of its parts is named.
+Byte layout (little endian, versions 2 and 3): magic, version, counts, key-value pairs, tensor records,
+padding, data. A file split as ``name-00001-of-00003.gguf`` is read as one, whichever of its parts is named.
 """
 
 from __future__ import annotations
@@ -37,13 +37,15 @@ SCALARS: Mapping[int, str] = MappingProxyType(
 
 _MOST_KEYS = 1 << 16
 _MOST_TENSORS = 1 << 20
-_MOST_ELEMENTS = 1 << 23  # of all arrays together; the largest vocabularies hold a quarter of a million tokens
+_MOST_ELEMENTS = (
+    1 << 23
+)  # of all arrays together; the largest vocabularies hold a quarter of a million tokens
 _LONGEST_STRING = 64 << 20
 _LONGEST_NAME = 63  # llama.cpp keeps names in 64 bytes with a terminator
 _LARGEST = 1 << 63
 _SMALLEST_KEY, _SMALLEST_TENSOR = 13, 24  # bytes of the shortest possible records
 _SPLIT = re.compile(r"^(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf$")
-_DENSE = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,8 @@ class GgufFile:
         if count > 1 and self.metadata.get("split.tensors.count", len(merged)) != len(merged):
             announced = self.metadata["split.tensors.count"]
             raise BadFile(
-                f"the parts hold {len(merged)} tensors together; {announced} are announced", where=str(self.path)
+                f"the parts hold {len(merged)} tensors together; {announced} are announced",
+                where=str(self.path),
             )
         return merged
 
@@ -212,10 +215,11 @@ class GgufFile:
         tensor, raw = self.record(name), self.raw(name)
         kind = tensor.type.name
         if kind in _DENSE:
-            values = torch.from_numpy(raw.view(_DENSE[kind]).copy())
-            return (values.view(torch.bfloat16) if kind == "BF16" else values).reshape(tensor.shape)
+            return torch.from_numpy(raw.copy()).view(_DENSE[kind]).reshape(tensor.shape)
         try:
-            values = dequantize(raw.reshape(-1, tensor.bytes_ // max(prod(tensor.shape[:-1]), 1)), tensor.type)
+            values = dequantize(
+                raw.reshape(-1, tensor.bytes_ // max(prod(tensor.shape[:-1]), 1)), tensor.type
+            )
         except NotImplementedError as error:
             raise BadFile(
                 f"tensor {name!r} is stored as {kind}, which cannot be decoded here", where=str(self.path)
@@ -343,7 +347,8 @@ def _read_record(cursor: _Cursor) -> tuple[str, tuple[int, ...], GGMLQuantizatio
     columns = stored[0] if stored else 1
     if columns % block:
         raise cursor.bad(
-            f"rows of {name!r} have {columns} elements, not a multiple of {type_.name}'s block of {block}", start
+            f"rows of {name!r} have {columns} elements, not a multiple of {type_.name}'s block of {block}",
+            start,
         )
     bytes_ = prod(stored) // block * block_bytes
     if bytes_ > cursor.size:

@@ -1,4 +1,4 @@
-"""llama.cpp's architectures as data: how its tensors are called and laid out, next to Hugging Face's names."""
+"""llama.cpp's architectures as data: how tensors are called and laid out, next to Hugging Face's names."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Architecture:
         causal: the model class that ``config.json`` names.
         block: module path inside a block to llama.cpp's name.
         permuted: rows of q and k are stored with the two halves of each head interleaved.
-        norm_offset: added to every norm's weight in the file, because ggml multiplies by ``w``, not ``1 + w``.
+        norm_offset: added to every norm's weight in the file, because ggml multiplies by ``w`` alone.
     """
 
     name: str
@@ -152,7 +152,7 @@ def architecture_of_model(config: Mapping[str, Any]) -> Architecture:
 
 
 def interleaved(rows: int, head_dim: int) -> Tensor:
-    """Row order of a stored q or k: stored row ``h·D + 2i + half`` is row ``h·D + half·D/2 + i`` of the model.
+    """Row order of a stored q or k: its row ``h·D + 2i + half`` is row ``h·D + half·D/2 + i`` of the model.
 
     llama.cpp rotates neighbouring pairs, Hugging Face the two halves of a head; the reordering makes both
     the same rotation.

@@ -1,7 +1,7 @@
 """A model's configuration as GGUF keys and back: the numbers llama.cpp needs, in Hugging Face's words.
 
-Rotary frequencies follow "Llama 3" scaling (Meta, 2024): wavelengths beyond the original context are stretched
-by a factor, short ones are kept, those between are blended. llama.cpp stores the outcome as a tensor.
+Rotary frequencies follow "Llama 3" scaling (Meta, 2024): wavelengths beyond the original context are
+stretched by a factor, short ones kept, those between blended. llama.cpp stores the outcome as a tensor.
 """
 
 from __future__ import annotations
@@ -37,15 +37,28 @@ class _Keys:
     def get(self, key: str, default: Any = None) -> Any:
         return self.file.metadata.get(f"{self.arch}.{key}", default)
 
-    def number(self, key: str, kind: type, default: Any = None) -> Any:
-        full, value = f"{self.arch}.{key}", self.get(key, default)
-        if isinstance(value, list) and len(set(value)) == 1:  # one number a block, all equal
-            value = value[0]
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < 1 << 31:
-            raise BadFile(f"key {full!r} is {_short(value)}; a positive number is needed", where=str(self.file.path))
-        return shortest(value) if kind is float else value
+    def whole(self, key: str, default: Any = None) -> int:
+        value = self._one(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
+            raise self._bad(key, value)
+        return value
+
+    def real(self, key: str, default: Any = None) -> float:
+        value = self._one(key, default)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1 << 31:
+            raise self._bad(key, value)
+        return shortest(value)
+
+    def _one(self, key: str, default: Any) -> Any:
+        """The value; one number a block counts as one number when all are equal."""
+        value = self.get(key, default)
+        return value[0] if isinstance(value, list) and len(set(value)) == 1 else value
+
+    def _bad(self, key: str, value: Any) -> BadFile:
+        full = f"{self.arch}.{key}"
+        return BadFile(
+            f"key {full!r} is {_short(value)}; a positive number is needed", where=str(self.file.path)
+        )
 
 
 def _short(value: Any) -> str:
@@ -68,26 +81,30 @@ def config_of(file: GgufFile, arch: Architecture) -> dict[str, Any]:
         Refused: it scales rotary positions in a way that is not known here.
     """
     keys = _Keys(file, arch.name)
-    hidden, heads = keys.number("embedding_length", int), keys.number("attention.head_count", int)
+    hidden, heads = keys.whole("embedding_length"), keys.whole("attention.head_count")
     embed = file.record("token_embd.weight")
     if embed.shape[-1] != hidden or len(embed.shape) != 2:
-        raise BadFile(f"token_embd.weight has shape {embed.shape}, not (vocabulary, {hidden})", where=str(file.path))
-    head_dim = keys.number("attention.key_length", int, keys.get("rope.dimension_count", max(hidden // heads, 1)))
+        raise BadFile(
+            f"token_embd.weight has shape {embed.shape}, not (vocabulary, {hidden})", where=str(file.path)
+        )
+    head_dim = keys.whole("attention.key_length", keys.get("rope.dimension_count", max(hidden // heads, 1)))
     if head_dim % 2:
         raise BadFile(f"a head has the odd width {head_dim}", where=str(file.path))
-    names = file.tensors
+    names, blocks = file.tensors, keys.whole("block_count")
+    if blocks > len(names):
+        raise BadFile(f"{blocks} blocks are announced, for {len(names)} tensors", where=str(file.path))
     config: dict[str, Any] = {
         "architectures": [arch.causal],
         "model_type": arch.model_types[0],
         "vocab_size": embed.shape[0],
         "hidden_size": hidden,
-        "intermediate_size": keys.number("feed_forward_length", int),
-        "num_hidden_layers": keys.number("block_count", int),
+        "intermediate_size": keys.whole("feed_forward_length"),
+        "num_hidden_layers": blocks,
         "num_attention_heads": heads,
-        "num_key_value_heads": keys.number("attention.head_count_kv", int, heads),
+        "num_key_value_heads": keys.whole("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon", float),
-        "max_position_embeddings": keys.number("context_length", int),
+        "rms_norm_eps": keys.real("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": keys.whole("context_length"),
         "tie_word_embeddings": "output.weight" not in names,
         "rope_parameters": _rope(file, keys, head_dim),
         "attention_bias": "blk.0.attn_q.bias" in names,
@@ -109,7 +126,9 @@ def _token_id(file: GgufFile, key: str, vocabulary: int) -> int | None:
     if value is None:
         return None
     if not isinstance(value, int) or not 0 <= value < vocabulary:
-        raise BadFile(f"key {key!r} is {_short(value)}; the vocabulary has {vocabulary} tokens", where=str(file.path))
+        raise BadFile(
+            f"key {key!r} is {_short(value)}; the vocabulary has {vocabulary} tokens", where=str(file.path)
+        )
     return value
 
 
@@ -122,19 +141,21 @@ def _dtype(file: GgufFile) -> str:
 
 
 def _gemma3(config: dict[str, Any], keys: _Keys) -> None:
-    pattern = keys.number("attention.sliding_window_pattern", int, _GEMMA_PATTERN)
+    pattern = keys.whole("attention.sliding_window_pattern", _GEMMA_PATTERN)
     blocks, heads = config["num_hidden_layers"], config["num_attention_heads"]
     full = config["rope_parameters"]
-    local = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", float, 10_000.0)}
+    local = {"rope_type": "default", "rope_theta": keys.real("rope.freq_base_swa", 10_000.0)}
     scale = config["hidden_size"] // heads if blocks == _GEMMA_LARGEST else config["head_dim"]
     config.update(
         hidden_activation="gelu_pytorch_tanh",
         rope_parameters={"full_attention": full, "sliding_attention": local},
-        sliding_window=keys.number("attention.sliding_window", int),
+        sliding_window=keys.whole("attention.sliding_window"),
         layer_types=_layer_types(blocks, pattern),
         query_pre_attn_scalar=scale,
         attn_logit_softcapping=None,
-        final_logit_softcapping=keys.get("final_logit_softcapping"),
+        final_logit_softcapping=keys.real("final_logit_softcapping")
+        if keys.get("final_logit_softcapping")
+        else None,
     )
 
 
@@ -143,15 +164,15 @@ def _layer_types(blocks: int, pattern: int) -> list[str]:
 
 
 def _rope(file: GgufFile, keys: _Keys, head_dim: int) -> dict[str, Any]:
-    theta = keys.number("rope.freq_base", float, 10_000.0)
+    theta = keys.real("rope.freq_base", 10_000.0)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     kind = keys.get("rope.scaling.type", "none")
     if kind in ("linear", "yarn"):
-        rope.update(rope_type=kind, factor=keys.number("rope.scaling.factor", float))
+        rope.update(rope_type=kind, factor=keys.real("rope.scaling.factor"))
         if kind == "yarn":
-            original = keys.number("rope.scaling.original_context_length", int)
+            original = keys.whole("rope.scaling.original_context_length")
             rope["original_max_position_embeddings"] = original
-            rope.update({k: shortest(keys.get(v)) for k, v in _YARN.items() if keys.get(v) is not None})
+            rope.update({k: keys.real(v) for k, v in _YARN.items() if keys.get(v) is not None})
     elif kind != "none":
         raise Refused(f"rope scaling {_short(kind)} cannot be read", where=str(file.path))
     if "rope_freqs.weight" in file.tensors:
@@ -169,7 +190,9 @@ def _llama3_of(divisors: Tensor, theta: float, head_dim: int, where: str) -> dic
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    if divisors.shape != (head_dim // 2,) or not torch.allclose(llama3_divisors(rope, head_dim), divisors, rtol=1e-4):
+    if divisors.shape != (head_dim // 2,) or not torch.allclose(
+        llama3_divisors(rope, head_dim), divisors, rtol=1e-4
+    ):
         raise Refused(
             "rope_freqs.weight holds frequencies that are not those of Llama 3",
             where=where,
@@ -254,15 +277,21 @@ def _scaling_keys(rope: Mapping[str, Any]) -> dict[str, Any]:
 
 def _gemma3_keys(config: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
     blocks = int(config["num_hidden_layers"])
-    kinds = config.get("layer_types") or _layer_types(blocks, config.get("sliding_window_pattern") or _GEMMA_PATTERN)
+    kinds = config.get("layer_types") or _layer_types(
+        blocks, config.get("sliding_window_pattern") or _GEMMA_PATTERN
+    )
     largest = blocks == _GEMMA_LARGEST
     scale = config["hidden_size"] // config["num_attention_heads"] if largest else head_dim
     if list(kinds) != _layer_types(blocks, _GEMMA_PATTERN):
-        raise Refused("llama.cpp's gemma3 has full attention in every sixth block; this model has it elsewhere")
+        raise Refused(
+            "llama.cpp's gemma3 has full attention in every sixth block; this model has it elsewhere"
+        )
     if config.get("query_pre_attn_scalar", scale) != scale or config.get("attn_logit_softcapping"):
         raise Refused("llama.cpp's gemma3 scales attention by its head's width; this model does otherwise")
     ropes = config.get("rope_parameters") or {}
-    local = (ropes.get("sliding_attention") or {}).get("rope_theta", config.get("rope_local_base_freq", 10_000.0))
+    local = (ropes.get("sliding_attention") or {}).get(
+        "rope_theta", config.get("rope_local_base_freq", 10_000.0)
+    )
     keys = {
         "attention.sliding_window": int(config["sliding_window"]),
         "rope.freq_base_swa": float(local),

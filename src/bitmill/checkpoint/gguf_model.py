@@ -1,4 +1,4 @@
-"""A GGUF file as a checkpoint like any other: Hugging Face's names, row order, configuration and tokenizer files."""
+"""A GGUF file as a checkpoint like any other: Hugging Face's names, row order, configuration, tokenizer."""
 
 from __future__ import annotations
 
@@ -65,26 +65,31 @@ class GgufCheckpoint(Checkpoint):
     def _check_shapes(self) -> None:
         """Refuse shapes that contradict the keys before anybody reshapes by them."""
         c = self._config
+        hidden, middle = c["hidden_size"], c["intermediate_size"]
         q, kv = c["num_attention_heads"] * c["head_dim"], c["num_key_value_heads"] * c["head_dim"]
-        wanted = {
-            "self_attn.q_proj": (q, c["hidden_size"]),
-            "self_attn.k_proj": (kv, c["hidden_size"]),
-            "self_attn.v_proj": (kv, c["hidden_size"]),
-            "self_attn.o_proj": (c["hidden_size"], q),
-            "mlp.gate_proj": (c["intermediate_size"], c["hidden_size"]),
-            "mlp.up_proj": (c["intermediate_size"], c["hidden_size"]),
-            "mlp.down_proj": (c["hidden_size"], c["intermediate_size"]),
+        block = {
+            "input_layernorm": (hidden,),
+            "post_attention_layernorm": (hidden,),
+            "self_attn.q_proj": (q, hidden),
+            "self_attn.k_proj": (kv, hidden),
+            "self_attn.v_proj": (kv, hidden),
+            "self_attn.o_proj": (hidden, q),
+            "mlp.gate_proj": (middle, hidden),
+            "mlp.up_proj": (middle, hidden),
+            "mlp.down_proj": (hidden, middle),
         }
+        self._check("model.norm", (hidden,))
         for layer in range(c["num_hidden_layers"]):
-            for path, shape in wanted.items():
-                name = f"model.layers.{layer}.{path}"
-                found = self._records.get(f"{name}.weight")
-                if found is None or found.shape != shape:
-                    said = "missing" if found is None else f"of shape {found.shape}"
-                    raise BadFile(f"tensor {name}.weight is {said}; the keys say {shape}", where=str(self.path))
-                bias = self._records.get(f"{name}.bias")
-                if bias is not None and bias.shape != shape[:1]:
-                    raise BadFile(f"tensor {name}.bias has shape {bias.shape}", where=str(self.path))
+            for path, shape in block.items():
+                self._check(f"model.layers.{layer}.{path}", shape)
+
+    def _check(self, module: str, shape: tuple[int, ...]) -> None:
+        found, bias = self._records.get(f"{module}.weight"), self._records.get(f"{module}.bias")
+        if found is None or found.shape != shape:
+            said = "missing" if found is None else f"of shape {found.shape}"
+            raise BadFile(f"tensor {module}.weight is {said}; the keys say {shape}", where=str(self.path))
+        if bias is not None and bias.shape != shape[:1]:
+            raise BadFile(f"tensor {module}.bias has shape {bias.shape}", where=str(self.path))
 
     @property
     def config(self) -> Mapping[str, Any]:

@@ -31,7 +31,7 @@ class Planned:
 
 
 def encoded(value: Any) -> bytes:
-    """A value with its type, in the types llama.cpp asks for: u32, f32, bool, string; arrays of string, i32, f32."""
+    """A value with its type, as llama.cpp wants it: u32, f32, bool, string; arrays of string, i32, f32."""
     if isinstance(value, bool):
         return struct.pack("<I?", _BOOL, value)
     if isinstance(value, int):

@@ -1,5 +1,5 @@
-"""A checkpoint's tokenizer: loaded from the files it carries, without network and without its author's code, and
-compared with another one token by token."""
+"""A checkpoint's tokenizer: loaded from the files it carries, without network and without its author's code,
+and compared with another one token by token."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NASTY: tuple[str, ...] = (
     "Hello, world! It's we'll I'VE they'd DON'T",
     "0 12 345 6789 1234567890 3.14159 1e-10 0xFF ½ ² ٣ 四",
     "def f(x):\n    return {k: v for k, v in x.items() if k != '__doc__'}  # ok\n",
-    "<html><body class=\"a b\">&nbsp;</body></html> <s> </s> [INST] <0x41>",
+    '<html><body class="a b">&nbsp;</body></html> <s> </s> [INST] <0x41>',
     "中文分词 日本語テキスト 한국어 ภาษาไทย",
     "العربية מימין לשמאל \u202eoverride\u202c",
     "e\u0301 vs é, n\u0303, a\u0308\u0323, Z\u0351\u036b\u0343\u036a\u0302",
@@ -73,7 +73,7 @@ def tokenizer_from(files: Mapping[str, bytes], where: str) -> PreTrainedTokenize
             where=where,
             fix="save it once with transformers' AutoTokenizer(...).save_pretrained(folder)",
         )
-    options = parsed(files.get("tokenizer_config.json", b"{}"), "tokenizer_config.json")
+    options = parsed(files, "tokenizer_config.json")
     named = {name: _token(options[name]) for name in _NAMED if options.get(name)}
     length = options.get("model_max_length")
     tokenizer = PreTrainedTokenizerFast(
@@ -93,7 +93,9 @@ def tokenizer_from(files: Mapping[str, bytes], where: str) -> PreTrainedTokenize
 def _token(value: Any) -> str | AddedToken:
     if isinstance(value, dict):
         flags = ("single_word", "lstrip", "rstrip", "normalized")
-        return AddedToken(str(value.get("content", "")), special=True, **{f: bool(value.get(f)) for f in flags})
+        return AddedToken(
+            str(value.get("content", "")), special=True, **{f: bool(value.get(f)) for f in flags}
+        )
     return str(value)
 
 
@@ -125,13 +127,13 @@ def render_chat(
     except (TemplateError, TypeError, ValueError, OverflowError, KeyError) as error:
         raise BadFile(f"the chat template fails: {error}") from error
     if not isinstance(text, str) or len(text) > _LONGEST_CHAT:
-        raise BadFile(f"the chat template makes more than {_LONGEST_CHAT} characters of {len(messages)} messages")
+        raise BadFile(
+            f"the chat template makes more than {_LONGEST_CHAT} characters of {len(messages)} messages"
+        )
     return text
 
 
-def parity(
-    a: PreTrainedTokenizerFast, b: PreTrainedTokenizerFast, texts: Sequence[str] = NASTY
-) -> list[str]:
+def parity(a: PreTrainedTokenizerFast, b: PreTrainedTokenizerFast, texts: Sequence[str] = NASTY) -> list[str]:
     """Every difference found between two tokenizers, one sentence each; empty when they are interchangeable.
 
     Compares vocabularies, added tokens, special ids, the ids of ``texts`` and of every added token inside a
@@ -168,7 +170,9 @@ def _chat_differences(a: PreTrainedTokenizerFast, b: PreTrainedTokenizerFast) ->
     if not a.chat_template:
         return []
     return [
-        f"chat {i} renders differently" for i, chat in enumerate(_CHATS) if _rendered(a, chat) != _rendered(b, chat)
+        f"chat {i} renders differently"
+        for i, chat in enumerate(_CHATS)
+        if _rendered(a, chat) != _rendered(b, chat)
     ]
 
 

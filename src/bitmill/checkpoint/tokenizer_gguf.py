@@ -105,7 +105,8 @@ class _Keys:
             return None
         if not isinstance(found, int) or not 0 <= found < len(self.tokens):
             raise BadFile(
-                f"tokenizer.ggml.{name}_token_id is {found!r}; there are {len(self.tokens)} tokens", where=self.where
+                f"tokenizer.ggml.{name}_token_id is {found!r}; there are {len(self.tokens)} tokens",
+                where=self.where,
             )
         return found
 
@@ -170,7 +171,7 @@ def words_named(pre: Any, where: str) -> Words:
     raise Refused(
         f"the word splitting {pre!r} (tokenizer.ggml.pre) cannot be rebuilt as a tokenizer.json",
         where=where,
-        fix=f"known are {', '.join(w.name for w in WORDS)}; start from the model's safetensors folder instead",
+        fix=f"known are {', '.join(w.name for w in WORDS)}; start from the safetensors model instead",
     )
 
 
@@ -265,7 +266,11 @@ def _sentencepiece(keys: _Keys) -> dict[str, Any]:
         raise BadFile(f"{len(keys.tokens)} tokens have {len(scores)} scores", where=keys.where)
     # Gemma's scores do not follow the order of its merges; the order of its vocabulary does.
     rank = {p: i for p, i in vocabulary.items()} if gemma else {p: -scores[i] for p, i in vocabulary.items()}
-    joined = {p for p, i in vocabulary.items() if keys.types[i] == NORMAL or gemma and keys.types[i] == USER_DEFINED}
+    joined = {
+        p
+        for p, i in vocabulary.items()
+        if keys.types[i] == NORMAL or (gemma and keys.types[i] == USER_DEFINED)
+    }
     marked = [
         _added(i, piece, kind != USER_DEFINED)
         for i, (piece, kind) in enumerate(zip(keys.tokens, keys.types, strict=True))
@@ -278,12 +283,18 @@ def _sentencepiece(keys: _Keys) -> dict[str, Any]:
     if prefix:
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     steps = [{"type": "Prepend", "prepend": SPACE}, replace] if prefix else [replace]
-    unknown = keys.token("unknown") or next((p for p, k in zip(keys.tokens, keys.types, strict=True) if k == UNKNOWN), None)
+    unknown = keys.token("unknown") or next(
+        (p for p, k in zip(keys.tokens, keys.types, strict=True) if k == UNKNOWN), None
+    )
     parts = {
         "normalizer": {"type": "Sequence", "normalizers": steps},
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": _bpe(
-            vocabulary, merges_of(vocabulary, rank, joined), unk_token=unknown, fuse_unk=True, byte_fallback=True
+            vocabulary,
+            merges_of(vocabulary, rank, joined),
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=True,
         ),
     }
     return _tokenizer(keys, marked, parts)
@@ -292,7 +303,7 @@ def _sentencepiece(keys: _Keys) -> dict[str, Any]:
 def merges_of(
     vocabulary: Mapping[str, int], rank: Mapping[str, float], joined: set[str]
 ) -> list[tuple[str, str]]:
-    """Every way of joining two pieces into one of ``joined``, best rank first: what SentencePiece would try."""
+    """Every way of joining two pieces into one of ``joined``, best rank first, as SentencePiece would."""
     found = [
         (rank[piece], vocabulary[piece[:cut]], vocabulary[piece[cut:]], piece[:cut], piece[cut:])
         for piece in joined
@@ -313,7 +324,8 @@ def _post_processor(keys: _Keys, adds_bos: bool) -> dict[str, Any] | None:
 
     def template(letter: str, kind: int) -> list[dict[str, Any]]:
         around = [
-            [{"SpecialToken": {"id": t, "type_id": kind}} for t in side if t is not None] for side in (before, after)
+            [{"SpecialToken": {"id": t, "type_id": kind}} for t in side if t is not None]
+            for side in (before, after)
         ]
         return [*around[0], {"Sequence": {"id": letter, "type_id": kind}}, *around[1]]
 

@@ -1,4 +1,4 @@
-"""Tokenizer files as GGUF keys: what llama.cpp needs to cut text into the same tokens as Hugging Face does."""
+"""Tokenizer files as GGUF keys: what llama.cpp needs to cut text into the tokens that Hugging Face does."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from bitmill.checkpoint.hf_folder import parse_object
 from bitmill.checkpoint.tokenizer_gguf import (
     BYTE,
     CONTROL,
@@ -50,8 +51,8 @@ def gguf_keys(carried: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[s
                 fix="save it once with transformers' AutoTokenizer(...).save_pretrained(folder)",
             )
         return {}
-    tokenizer = parsed(carried["tokenizer.json"], "tokenizer.json")
-    options = parsed(carried.get("tokenizer_config.json", b"{}"), "tokenizer_config.json")
+    tokenizer = parsed(carried, "tokenizer.json")
+    options = parsed(carried, "tokenizer_config.json")
     model = tokenizer.get("model") or {}
     if model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
         raise Refused(f"a tokenizer of type {model.get('type')!r} cannot be written as GGUF", fix=_ELSEWHERE)
@@ -69,19 +70,13 @@ def gguf_keys(carried: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[s
     return keys
 
 
-def parsed(raw: bytes, name: str) -> dict[str, Any]:
-    """The JSON object in ``raw``.
+def parsed(carried: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """The JSON object in a carried file; empty when there is no such file.
 
     Raises:
         BadFile: it is not one.
     """
-    try:
-        found = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise BadFile(f"{name} is not JSON: {error}", where=name) from error
-    if not isinstance(found, dict):
-        raise BadFile(f"{name} holds a {type(found).__name__}, not an object", where=name)
-    return found
+    return parse_object(carried[name], name, name) if name in carried else {}
 
 
 def _table(tokenizer: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[list[str], list[int]]:
@@ -113,7 +108,7 @@ def _byte_level(tokenizer: Mapping[str, Any], config: Mapping[str, Any]) -> dict
     if words is None or normalizer not in (None, words.normalizer):
         raise Refused(
             "llama.cpp would cut this tokenizer's text into other words: its pre-tokenizer "
-            f"{json.dumps(tokenizer.get('pre_tokenizer'))[:300]} with normalizer {normalizer} matches none of "
+            f"{json.dumps(tokenizer.get('pre_tokenizer'))[:300]} with normalizer {normalizer} is none of "
             f"{', '.join(w.name for w in WORDS)}",
             where="tokenizer.json",
             fix=_ELSEWHERE,
@@ -131,7 +126,7 @@ def _byte_level(tokenizer: Mapping[str, Any], config: Mapping[str, Any]) -> dict
 
 
 def word_patterns(pre_tokenizer: Any) -> tuple[str, ...] | None:
-    """The patterns a byte-level pre-tokenizer applies one after the other; None when it does anything else."""
+    """The patterns a byte-level pre-tokenizer applies in turn; None when it does anything else."""
     if not isinstance(pre_tokenizer, dict):
         return None
     steps = pre_tokenizer.get("pretokenizers") if pre_tokenizer.get("type") == "Sequence" else [pre_tokenizer]
@@ -168,7 +163,9 @@ def _sentencepiece(tokenizer: Mapping[str, Any], config: Mapping[str, Any]) -> d
         if tokens[i] == model.get("unk_token"):
             types[i] = UNKNOWN
         known = -float(rank[tokens[i]] + 1) if tokens[i] in rank else 0.0
-        scores.append({UNUSED: _UNUSED_SCORE, CONTROL: _ADDED_SCORE, USER_DEFINED: _ADDED_SCORE}.get(kind, known))
+        scores.append(
+            {UNUSED: _UNUSED_SCORE, CONTROL: _ADDED_SCORE, USER_DEFINED: _ADDED_SCORE}.get(kind, known)
+        )
     return {
         "model": "llama",
         "pre": "default",
@@ -200,7 +197,10 @@ def _special_ids(
     tokenizer: Mapping[str, Any], options: Mapping[str, Any], config: Mapping[str, Any], tokens: list[str]
 ) -> dict[str, int]:
     """Ids of the special tokens, as the tokenizer names them, else as the model's configuration does."""
-    vocabulary = {**tokenizer["model"]["vocab"], **{t["content"]: t["id"] for t in tokenizer.get("added_tokens") or ()}}
+    vocabulary = {
+        **tokenizer["model"]["vocab"],
+        **{t["content"]: t["id"] for t in tokenizer.get("added_tokens") or ()},
+    }
     found: dict[str, int] = {}
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
         named = options.get(f"{theirs}_token")
@@ -218,7 +218,9 @@ def _around(raw: bytes, found: Mapping[str, Any]) -> dict[str, bool]:
     ids = backend(raw).encode("").ids
     return {
         "add_bos_token": bool(ids) and ids[0] == found.get("bos_token_id"),
-        "add_eos_token": bool(ids) and ids[-1] == found.get("eos_token_id") and ids != [found.get("bos_token_id")],
+        "add_eos_token": bool(ids)
+        and ids[-1] == found.get("eos_token_id")
+        and ids != [found.get("bos_token_id")],
     }
 
 

@@ -46,7 +46,18 @@ _VECTOR_ROLES = frozenset(
 """Roles that llama.cpp wants in single precision."""
 
 _FILE_TYPES: Mapping[str, int] = MappingProxyType(
-    {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q4_k": 14, "q6_k": 18, "bf16": 32}
+    {
+        "f32": 0,
+        "f16": 1,
+        "q4_0": 2,
+        "q4_1": 3,
+        "q8_0": 7,
+        "q5_0": 8,
+        "q5_1": 9,
+        "q4_k": 14,
+        "q6_k": 18,
+        "bf16": 32,
+    }
 )
 _Q4_K_M = 15  # q4_k with some tensors at q6_k
 _NOT_COPIED = ("split.", "quantize.", "bitmill.")
@@ -57,7 +68,7 @@ _QUANTIZATION_VERSION = 2
 @final
 @dataclass(frozen=True)
 class Gguf(Container):
-    """One file with everything in it: weights in ggml's block types, hyperparameters, tokenizer, chat template."""
+    """One file with everything in it: weights in ggml's block types, numbers, tokenizer, chat template."""
 
     single_file: ClassVar[bool] = True
 
@@ -91,10 +102,12 @@ class Gguf(Container):
         planned = _planned(row, _architecture(source))
         return {} if planned is None else {planned.name: planned.bytes_}
 
-    def files(self, rows: Sequence[Row], source: Checkpoint, notes: Mapping[str, str]) -> tuple[FileImage, ...]:
+    def files(
+        self, rows: Sequence[Row], source: Checkpoint, notes: Mapping[str, str]
+    ) -> tuple[FileImage, ...]:
         """One image with an empty path.
 
-        Tensors that llama.cpp derives from the configuration come first, and their bytes are part of the head.
+        Tensors that llama.cpp derives from the configuration come first; their bytes are part of the head.
 
         Raises:
             Refused: llama.cpp has no architecture for the model, or no place for one of its tensors.
@@ -165,12 +178,19 @@ def _model_keys(source: Checkpoint, arch: Architecture) -> dict[str, bytes]:
     keys = {
         "general.architecture": arch.name,
         "general.type": "model",
-        "general.name": str(source.config.get("_name_or_path") or source.path.name or arch.name),
+        "general.name": _model_name(source) or arch.name,
         "general.size_label": _size_label(sum(prod(f.shape) for f in source.tensors.values())),
         **keys_of(source.config, arch),
         **gguf_keys(source.carried, source.config),
     }
     return {name: encoded(value) for name, value in keys.items()}
+
+
+def _model_name(source: Checkpoint) -> str:
+    """The last part of the model's name or folder; never a whole path, which would tell where it was made."""
+    folder = source.path.parent.parent if source.path.parent.name == "snapshots" else source.path
+    named = str(source.config.get("_name_or_path") or folder.name)
+    return named.rstrip("/").rsplit("/", 1)[-1].rsplit("--", 1)[-1]
 
 
 def _size_label(weights: int) -> str:
@@ -188,7 +208,11 @@ def _quantization_keys(rows: Sequence[Row]) -> dict[str, bytes]:
         if len(row.shape) > 1:
             weights[str(row.grid)] += prod(row.shape)
     kind = weights.most_common(1)[0][0] if weights else "f32"
-    number = _Q4_K_M if kind == "q4_k" and any(str(r.grid) == "q6_k" and r.layer is not None for r in rows) else None
+    number = (
+        _Q4_K_M
+        if kind == "q4_k" and any(str(r.grid) == "q6_k" and r.layer is not None for r in rows)
+        else None
+    )
     return {
         "general.file_type": encoded(_FILE_TYPES[kind] if number is None else number),
         "general.quantization_version": encoded(_QUANTIZATION_VERSION),
