@@ -70,7 +70,7 @@ def _miss(grid: Grid, w: Tensor, value: Tensor) -> Tensor:
 
 
 def test_every_file_of_the_axis_is_found():
-    assert {"dense", "integer", "kquant"} <= set(MEMBERS)
+    assert {"dense", "integer", "kquant", "minifloat", "table"} <= set(MEMBERS)
 
 
 @every
@@ -244,7 +244,7 @@ def test_size_is_what_is_published_and_grows_with_rows(grid: Grid):
 
 
 def test_published_sizes_cover_examples():
-    assert len(PUBLISHED_BPW.keys() & {str(g) for g in GRIDS}) >= 11
+    assert len(PUBLISHED_BPW.keys() & {str(g) for g in GRIDS}) >= 12
 
 
 @every
@@ -299,8 +299,9 @@ def test_a_narrower_range_holds_smaller_values(grid: ScalarGrid):
     w = _weight()
     params = grid.fit(w)
     half = grid.scaled(params, torch.full((1, 1), 0.5))
-    full_range = _value(grid, 1e6 * w, params).abs().amax(1)
-    half_range = _value(grid, 1e6 * w, half).abs().amax(1)
+    rows = (1,) if grid.block[0] == 1 else (0, 1)
+    full_range = _value(grid, 1e6 * w, params).abs().amax(rows)
+    half_range = _value(grid, 1e6 * w, half).abs().amax(rows)
     assert (half_range <= 0.76 * full_range).all()
     assert (half_range >= 0.24 * full_range).all()
 
@@ -315,4 +316,4 @@ def test_steps_are_distances_between_neighbours(grid: ScalarGrid):
     assert bool((step >= 0).all())
     assert torch.equal(grid.step(params, 40, 48), step[:, 40:88])
     inside = (_value(grid, w / 2, params) - w / 2).abs()
-    assert (inside <= step * 0.5001 + 1e-7).double().mean() > 0.98
+    assert (inside <= step * 0.5001 + 1e-7).double().mean() > 0.95

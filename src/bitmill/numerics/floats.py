@@ -100,3 +100,17 @@ def _values(element: Element) -> Tensor:
     steps = torch.where(field > 0, fraction + 2**element.mantissa, fraction).to(torch.float64)
     value = steps * 2.0 ** (field.clamp(min=1) - element.bias - element.mantissa).to(torch.float64)
     return torch.cat((value, -value)).to(torch.float32)
+
+
+def dynamic_map() -> Tensor:
+    """The 256 sorted values of Dettmers' signed dynamic 8-bit type (arXiv 1511.04561) in ``[-1, 1]``.
+
+    Decade ``10**-k`` (k = 6 … 0) between a tenth of it and itself is cut in ``2**(6-k)`` equal parts, whose
+    middles are values with either sign; 0 and 1 complete the table.
+    """
+    values = [torch.zeros(1), torch.ones(1)]
+    for k in range(7):
+        edges = torch.linspace(0.1, 1, 2 ** (6 - k) + 1)
+        middles = (edges[1:] + edges[:-1]) / 2 * 10.0**-k
+        values += [middles, -middles]
+    return torch.cat(values).sort().values
