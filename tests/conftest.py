@@ -1,0 +1,38 @@
+"""What every test shares: two threads, no network, the embedded model, and a hypothesis that does not watch the clock."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from bitmill.source import embedded_model
+from tests.tiny import make_model
+
+settings.register_profile(
+    "bitmill", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("bitmill")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The GGUF file of the embedded model."""
+    return embedded_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random three-block Llama with a tokenizer, as a Hugging Face folder. Tests only read it."""
+    return make_model(tmp_path_factory.mktemp("models") / "tiny-llama", "llama")
