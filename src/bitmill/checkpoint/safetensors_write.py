@@ -4,20 +4,31 @@ the configuration and the small files that travel along."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from math import prod
+from types import MappingProxyType
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from bitmill.checkpoint.hf_folder import CONFIG, INDEX, SINGLE
 from bitmill.checkpoint.safetensors import DTYPE_BYTES
 from bitmill.core.axes import Checkpoint
-from bitmill.core.types import FileImage, Slot
+from bitmill.core.types import FileImage, Row, Slot
 
 Planned = tuple[str, tuple[int, ...]]
 """Element type, as the header spells it, and shape of a tensor to be written."""
 
+DENSE_DTYPES: Mapping[str, str] = MappingProxyType({"f32": "F32", "f16": "F16", "bf16": "BF16"})
+"""Spelling in a header of what a :class:`~bitmill.grids.dense.Dense` grid stores."""
+
 SHARD_BYTES = 5 * 10**9
 _ALIGNMENT = 8
+
+
+_TORCH_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
 
 def bytes_of(planned: Planned) -> int:
@@ -64,6 +75,40 @@ def folder_images(
     texts = {CONFIG: json_bytes(dict(config)), **source.carried, **(more or {})}
     small = [text_image(path, data) for path, data in texts.items()]
     return (*small, *safetensors_images(tensors, metadata))
+
+
+def model_config(source: Checkpoint, rows: Iterable[Row]) -> dict[str, Any]:
+    """The configuration of what is written: the source's, with the element type that most kept values have and
+    the head tied where none is stored; nothing about how the source was quantized, no pointers to code."""
+    gone = ("quantization_config", "auto_map", "torch_dtype", "dtype")
+    config = {k: v for k, v in source.config.items() if k not in gone}
+    kept: Counter[str] = Counter()
+    names = set()
+    for row in rows:
+        names.add(row.name)
+        if str(row.grid) in _TORCH_NAMES:
+            kept[str(row.grid)] += prod(row.shape)
+    config["dtype"] = _TORCH_NAMES[kept.most_common(1)[0][0]] if kept else "float32"
+    if "model.embed_tokens.weight" in names:
+        config["tie_word_embeddings"] = "lm_head.weight" not in names
+    return config
+
+
+def to_bytes(tensor: Tensor) -> bytes:
+    """A tensor's data, row by row, little endian."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def exactly(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """``values`` in ``dtype``, without rounding.
+
+    Raises:
+        ValueError: a value is not one of ``dtype``; a container must never change what a solver decided.
+    """
+    narrow = values.to(dtype)
+    if not torch.equal(narrow.to(values.dtype), values):
+        raise ValueError(f"values are not {dtype} numbers: the grid was not adapted to the container")
+    return narrow
 
 
 def text_image(path: str, data: bytes) -> FileImage:

@@ -1,0 +1,152 @@
+"""A model folder whose weights are quantized, as a checkpoint: several stored tensors make one weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from bitmill.checkpoint.hf_folder import read_carried, read_config
+from bitmill.checkpoint.safetensors import DENSE, TensorFolder, folder_digest, settled_config
+from bitmill.checkpoint.safetensors_write import Planned
+from bitmill.core.axes import Checkpoint
+from bitmill.core.errors import BadFile
+from bitmill.core.types import Quantized, TensorFacts
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """One quantized weight of a folder.
+
+    Attributes:
+        shape: of the dense weight.
+        parts: names of the stored tensors it is made of.
+        dense: its values, float32.
+        stored: codes and parameters, or None when no grid describes how they are laid out.
+    """
+
+    shape: tuple[int, int]
+    parts: tuple[str, ...]
+    dense: Callable[[], Tensor]
+    stored: Callable[[], Quantized | None]
+
+
+@final
+class PackedFolder(Checkpoint):
+    """The weights of ``packed`` by their own names, every other tensor as it is.
+
+    Args:
+        folder: the stored tensors.
+        config: the whole ``config.json``.
+        packed: quantized weights by canonical name.
+
+    Raises:
+        BadFile: a part is missing, belongs to two weights, or to none although it is not a dense weight.
+    """
+
+    def __init__(self, folder: TensorFolder, config: Mapping[str, Any], packed: Mapping[str, Packed]) -> None:
+        self.path: Path = folder.path
+        self.folder = folder
+        self._packed = packed
+        owners: dict[str, str] = {}
+        for name, weight in packed.items():
+            for part in weight.parts:
+                if folder.record(part) and part in owners:
+                    raise BadFile(f"{part!r} belongs to {owners[part]} and to {name}", where=str(self.path))
+                owners[part] = name
+        facts: dict[str, TensorFacts] = {}
+        for record in folder.records.values():
+            owner = owners.get(record.name)
+            if owner is not None:
+                facts.setdefault(owner, TensorFacts(owner, packed[owner].shape, "f32"))
+            elif record.dtype in DENSE:
+                facts[record.name] = TensorFacts(record.name, record.shape, DENSE[record.dtype])
+            elif record.dtype.startswith(("F8", "U8", "I32")):
+                raise BadFile(
+                    f"tensor {record.name!r} ({record.dtype}) belongs to no weight that quantization_config describes",
+                    where=str(record.path),
+                )
+        self._facts = MappingProxyType(facts)
+        self._quantization = MappingProxyType(dict(config["quantization_config"]))
+        plain = {k: v for k, v in config.items() if k != "quantization_config"}
+        self._config = MappingProxyType(settled_config(plain, facts))
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self._config
+
+    @property
+    def tensors(self) -> Mapping[str, TensorFacts]:
+        return self._facts
+
+    def read(self, name: str) -> Tensor:
+        if name in self._packed:
+            return self._packed[name].dense()
+        if name not in self._facts:
+            raise BadFile(f"there is no tensor called {name!r}", where=str(self.path))
+        values = self.folder.read(name)
+        return values.to(torch.float32) if values.dtype is torch.float64 else values
+
+    def stored(self, name: str) -> Quantized | None:
+        return self._packed[name].stored() if name in self._packed else None
+
+    @cached_property
+    def _carried(self) -> Mapping[str, bytes]:
+        return MappingProxyType(read_carried(self.path))
+
+    @property
+    def carried(self) -> Mapping[str, bytes]:
+        return self._carried
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The ``quantization_config``, with the free text of the safetensors headers under ``safetensors``."""
+        return {**self._quantization, "safetensors": dict(self.folder.metadata)}
+
+    @cached_property
+    def _digest(self) -> str:
+        return folder_digest(
+            self.folder, {**self._config, "quantization": dict(self._quantization)}, self._carried
+        )
+
+    @property
+    def digest(self) -> str:
+        return self._digest
+
+
+def from_quantized(shape: tuple[int, int], parts: tuple[str, ...], unpack: Callable[[], Quantized]) -> Packed:
+    """A weight whose values are those of its codes."""
+    return Packed(shape, parts, lambda: unpack().dense(), unpack)
+
+
+def check_parts(folder: TensorFolder, parts: Mapping[str, Planned]) -> None:
+    """Compare stored tensors with the element types and dimensions they must have.
+
+    Raises:
+        BadFile: one is missing or different.
+    """
+    for name, (dtype, shape) in parts.items():
+        record = folder.record(name)
+        if (record.dtype, record.shape) != (dtype, shape):
+            raise BadFile(
+                f"{name!r} is {record.dtype} {list(record.shape)} and must be {dtype} {list(shape)}",
+                where=str(folder.path),
+            )
+
+
+def quantization_config(path: Path, method: str) -> Mapping[str, Any] | None:
+    """The ``quantization_config`` of a folder when it is ``method``'s, None for anything else.
+
+    Raises:
+        BadFile: config.json cannot be read.
+    """
+    if not path.is_dir() or not (path / "config.json").is_file():
+        return None
+    found = read_config(path).get("quantization_config")
+    return found if isinstance(found, dict) and found.get("quant_method") == method else None

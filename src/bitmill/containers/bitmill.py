@@ -1,0 +1,246 @@
+"""Bitmill's own folder: every grid exactly as it was solved, for grids that no runtime's file can hold.
+
+Codes are a bit stream a row (U8, least significant bit first), parameters are tensors, and the grid's text stands in
+the safetensors metadata; ``bitmill`` reads it back bit for bit, and any container can be written from it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from bitmill.checkpoint.hf_folder import parse_object, read_config
+from bitmill.checkpoint.packed_folder import (
+    Packed,
+    PackedFolder,
+    check_parts,
+    from_quantized,
+    quantization_config,
+)
+from bitmill.checkpoint.safetensors import TensorFolder
+from bitmill.checkpoint.safetensors_write import (
+    DENSE_DTYPES,
+    Planned,
+    bytes_of,
+    exactly,
+    folder_images,
+    model_config,
+    to_bytes,
+)
+from bitmill.core.axes import Checkpoint, Container, Grid
+from bitmill.core.errors import BadFile, BadRecipe
+from bitmill.core.registry import parse_grid
+from bitmill.core.types import FileImage, Quantized, Row
+from bitmill.grids.dense import Dense
+from bitmill.grids.integer import Integer
+from bitmill.grids.kquant import KQuant
+from bitmill.grids.minifloat import Minifloat
+from bitmill.grids.table import Table
+from bitmill.numerics.bits import pack, packed_words, unpack
+from bitmill.numerics.floats import ELEMENTS
+
+METHOD = "bitmill"
+VERSION = 1
+
+_WEIGHTS = "bitmill.weights"
+"""Key of the map from a weight's name to its grid and dimensions."""
+
+_LARGEST = 1 << 31
+_TORCH = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+}
+_KQUANT_BITS = {"q4_0": 4, "q4_1": 4, "q5_0": 5, "q5_1": 5, "q4_k": 4, "q6_k": 6}
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How one weight is stored.
+
+    Attributes:
+        codes: dimensions of the codes.
+        bits: of a code; 0 stores the codes as signed bytes.
+        params: element type and dimensions of each parameter.
+    """
+
+    codes: tuple[int, int]
+    bits: int
+    params: Mapping[str, Planned]
+
+
+@final
+@dataclass(frozen=True)
+class Bitmill(Container):
+    """A Hugging Face folder that holds any grid known here, exactly."""
+
+    single_file: ClassVar[bool] = False
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        return quantization_config(path, METHOD) is not None
+
+    def open(self, path: Path) -> Checkpoint:
+        """Read it back.
+
+        Raises:
+            BadFile: the grids named and the tensors stored do not fit together.
+        """
+        folder = TensorFolder(path)
+        weights = parse_object(folder.metadata.get(_WEIGHTS, "{}").encode(), str(path), "the map of weights")
+        packed = {name: _packed(folder, name, entry) for name, entry in weights.items()}
+        return PackedFolder(folder, read_config(path), packed)
+
+    def refuses(self, grid: Grid, role: str, shape: tuple[int, ...]) -> str | None:
+        if isinstance(grid, Dense):
+            return None
+        if _layout(grid, (1, 256)) is None:
+            return f"the layout of {grid} is not known to it"
+        if parse_grid(str(grid)) != grid:
+            return f"the text {str(grid)!r} does not say everything about this grid"
+        return grid.refuses(shape)
+
+    def adapt(self, grid: Grid, dtype: str) -> Grid:
+        return grid
+
+    def default_grid(self, dtype: str, role: str) -> str:
+        return dtype
+
+    def slots(self, row: Row, source: Checkpoint) -> Mapping[str, int]:
+        return {name: bytes_of(planned) for name, planned in _planned(row).items()}
+
+    def files(
+        self, rows: Sequence[Row], source: Checkpoint, notes: Mapping[str, str]
+    ) -> tuple[FileImage, ...]:
+        tensors = {name: planned for row in rows for name, planned in _planned(row).items()}
+        weights = {row.name: [str(row.grid), *row.shape] for row in rows if not isinstance(row.grid, Dense)}
+        config = model_config(source, rows)
+        config["quantization_config"] = {
+            "quant_method": METHOD,
+            "version": VERSION,
+            "grids": sorted({str(grid) for grid, *_ in weights.values()}),
+        }
+        metadata = {_WEIGHTS: json.dumps(weights), **{f"bitmill.{k}": v for k, v in notes.items()}}
+        return folder_images(source, tensors, config, metadata)
+
+    def pack(self, row: Row, quantized: Quantized, source: Checkpoint) -> Mapping[str, bytes]:
+        if isinstance(row.grid, Dense):
+            return {row.name: to_bytes(quantized.codes)}
+        layout = _layout(row.grid, quantized.shape)
+        if layout is None:
+            raise ValueError(f"the layout of {row.grid} is not known")
+        codes = pack(quantized.codes, layout.bits, 8) if layout.bits else quantized.codes
+        parts = {f"{row.name}.codes": to_bytes(codes)}
+        for name, (dtype, _) in layout.params.items():
+            parts[f"{row.name}.{name}"] = to_bytes(exactly(quantized.params[name], _TORCH[dtype]))
+        return parts
+
+
+def _planned(row: Row) -> dict[str, Planned]:
+    if isinstance(row.grid, Dense):
+        return {row.name: (DENSE_DTYPES[str(row.grid)], row.shape)}
+    layout = _layout(row.grid, (row.shape[0], row.shape[1]))
+    if layout is None:
+        raise ValueError(f"the layout of {row.grid} is not known")
+    rows, columns = layout.codes
+    width = packed_words(columns, layout.bits, 8) if layout.bits else columns
+    parts: dict[str, Planned] = {f"{row.name}.codes": ("U8" if layout.bits else "I8", (rows, width))}
+    parts.update({f"{row.name}.{name}": planned for name, planned in layout.params.items()})
+    return parts
+
+
+def _layout(grid: Grid, shape: tuple[int, int]) -> _Layout | None:
+    out, columns = shape
+    if isinstance(grid, Integer):
+        groups = {-1: (1, 1), 0: (out, 1)}.get(grid.group, (out, columns // max(grid.group, 1)))
+        scale = "F16" if grid.scale == "auto" else DENSE_DTYPES[grid.scale]
+        params: dict[str, Planned] = {"scale": (scale, groups)}
+        if grid.zero != "sym":
+            params["zero"] = ("U8" if grid.zero == "asym" else scale, groups)
+        return _Layout(shape, grid.bits, params)
+    if isinstance(grid, Minifloat):
+        return _Layout(shape, ELEMENTS[grid.element].bits, _minifloat_params(grid, shape))
+    if isinstance(grid, Table):
+        return _Layout(shape, 4, _table_params(grid, shape))
+    if isinstance(grid, KQuant):
+        return _Layout(shape, _KQUANT_BITS.get(str(grid), 0), _kquant_params(str(grid), shape))
+    if str(grid) == "e8p":
+        return _Layout((out, columns // 8), 16, {"scale": ("F32", (out, 1))})
+    return None
+
+
+def _minifloat_params(grid: Minifloat, shape: tuple[int, int]) -> Mapping[str, Planned]:
+    out, columns = shape
+    if grid.scaling == "mx":
+        return {"exponent": ("U8", (out, columns // 32))}
+    if grid.scaling == "nv":
+        return {"scale": ("F8_E4M3", (out, columns // 16)), "gain": ("F32", ())}
+    tiles = (-(-out // 128), -(-columns // 128))
+    return {"scale": ("F32", {"channel": (out, 1), "tensor": (1, 1)}.get(grid.scaling, tiles))}
+
+
+def _kquant_params(kind: str, shape: tuple[int, int]) -> Mapping[str, Planned]:
+    out, columns = shape
+    if kind == "q4_k":
+        wide, narrow = (out, columns // 256), (out, columns // 32)
+        return {"d": ("F16", wide), "dmin": ("F16", wide), "scales": ("U8", narrow), "mins": ("U8", narrow)}
+    if kind == "q6_k":
+        return {"d": ("F16", (out, columns // 256)), "scales": ("I8", (out, columns // 16))}
+    blocks = (out, columns // 32)
+    return {name: ("F16", blocks) for name in (("d", "m") if kind.endswith("_1") else ("d",))}
+
+
+def _table_params(grid: Table, shape: tuple[int, int]) -> Mapping[str, Planned]:
+    out, columns = shape
+    blocks = (out, columns // grid.width)
+    if not grid.double:
+        return {"absmax": ("F32", blocks)}
+    count = blocks[0] * blocks[1]
+    return {
+        "absmax_code": ("U8", blocks),
+        "absmax_scale": ("F32", (-(-count // 256),)),
+        "absmax_offset": ("F32", ()),
+    }
+
+
+def _packed(folder: TensorFolder, name: str, entry: object) -> Packed:
+    """The weight ``name``, once its grid and every part's type and dimensions are certain."""
+    where = str(folder.path)
+    if not isinstance(entry, list) or len(entry) != 3 or not isinstance(entry[0], str):
+        raise BadFile(f"the entry of {name!r} is not a grid and two sizes", where=where)
+    text, *sizes = entry
+    if not all(type(size) is int and 0 < size < _LARGEST for size in sizes):
+        raise BadFile(f"{name!r} has the impossible shape {sizes}", where=where)
+    try:
+        grid = parse_grid(text)
+    except BadRecipe as error:
+        raise BadFile(f"the grid {text!r} of {name!r} is not known", where=where) from error
+    shape = (sizes[0], sizes[1])
+    layout = None if isinstance(grid, Dense) or grid.refuses(shape) else _layout(grid, shape)
+    if layout is None:
+        raise BadFile(f"{text} cannot hold {name!r} of shape {sizes}", where=where)
+    parts = _planned(Row(name, "", None, shape, grid, True, ""))
+    check_parts(folder, parts)
+    return from_quantized(shape, tuple(parts), lambda: _unpacked(folder, name, grid, shape, layout))
+
+
+def _unpacked(
+    folder: TensorFolder, name: str, grid: Grid, shape: tuple[int, int], layout: _Layout
+) -> Quantized:
+    codes = folder.read(f"{name}.codes")
+    if layout.bits:
+        codes = unpack(codes, layout.bits, layout.codes[1])
+    params: dict[str, Tensor] = {}
+    for key in layout.params:
+        value = folder.read(f"{name}.{key}")
+        params[key] = value.to(torch.float32) if value.is_floating_point() or key == "zero" else value
+    return Quantized(grid, codes, params, shape)
