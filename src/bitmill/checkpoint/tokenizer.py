@@ -18,6 +18,17 @@ __all__ = ["NASTY", "gguf_keys", "load_tokenizer", "parity", "render_chat", "tok
 
 _LONGEST_TEMPLATE = 256 << 10
 _LONGEST_CHAT = 16 << 20
+_TEMPLATE_FAULTS = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What a program of template expressions can end in."""
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 NASTY: tuple[str, ...] = (
@@ -109,7 +120,8 @@ def render_chat(
 
     The template is a program from the model's file. It runs in jinja2's immutable sandbox, which transformers
     uses: no attributes that lead to Python's internals, no changes to what it is given, loops over at most
-    100 000 numbers.
+    100 000 numbers. Nested loops and long multiplications still cost what they cost: render templates of
+    strangers in a process of their own.
 
     Raises:
         Refused: the tokenizer has no template.
@@ -124,7 +136,7 @@ def render_chat(
         text = tokenizer.apply_chat_template(
             [dict(m) for m in messages], tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except (TemplateError, TypeError, ValueError, OverflowError, KeyError) as error:
+    except _TEMPLATE_FAULTS as error:
         raise BadFile(f"the chat template fails: {error}") from error
     if not isinstance(text, str) or len(text) > _LONGEST_CHAT:
         raise BadFile(
