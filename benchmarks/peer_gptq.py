@@ -1,9 +1,10 @@
 """llm-compressor's GPTQ on given calibration tokens; runs in an environment of its own.
 
-Writes ``linears.safetensors`` (every quantized weight, dense float32) and ``facts.json`` (seconds, peak memory,
-versions) into OUT. ``seconds`` is the ``oneshot`` call alone, calibration included; loading and saving are
-in ``seconds_whole``. The peer's own defaults hold wherever the work does not fix a value: damping 0.01, static
-activation order, error propagated block by block, one window a batch unless ``--batch`` says otherwise.
+Writes ``linears.safetensors`` (every quantized weight, dense float32) and ``facts.json`` (seconds,
+peak memory, versions) into OUT. ``seconds`` is the ``oneshot`` call alone, calibration included;
+loading and saving are in ``seconds_whole``. The peer's own defaults hold wherever the work does not
+fix a value: damping 0.01, static activation order, error propagated block by block, one window a
+batch unless ``--batch`` says otherwise.
 
     peers/llmc/bin/python benchmarks/peer_gptq.py MODEL TOKENS.safetensors OUT --bits 4
 """
@@ -28,11 +29,13 @@ from llmcompressor.modifiers.gptq import GPTQModifier  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel  # noqa: E402
 
+PACKAGES = ("llmcompressor", "compressed-tensors", "torch", "transformers")
+
 
 def recipe(bits: int, group: int, symmetric: bool) -> GPTQModifier:
     """Weights of all linears but the head on an integer grid with groups."""
     weights = QuantizationArgs(
-        num_bits=bits, type="int", symmetric=symmetric, strategy="group", group_size=group, observer="memoryless_minmax"
+        num_bits=bits, type="int", symmetric=symmetric, strategy="group", group_size=group
     )
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     return GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"])
@@ -55,7 +58,7 @@ def dense_linears(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     """Quantize and store."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("tokens", type=Path, help="safetensors file with input_ids, windows by length")
     parser.add_argument("out", type=Path)
@@ -88,6 +91,7 @@ def main() -> None:
     facts = {
         "peer": "llm-compressor GPTQ",
         "grid": f"int{arguments.bits}-g{arguments.group}-{'sym' if arguments.symmetric else 'asym'}",
+        "bpw": arguments.bits + (16 + arguments.bits * (not arguments.symmetric)) / arguments.group,
         "linears": len(linears),
         "windows": list(ids.shape),
         "batch": arguments.batch,
@@ -95,7 +99,7 @@ def main() -> None:
         "seconds": seconds,
         "seconds_whole": time.monotonic() - STARTED,
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "versions": {name: version(name) for name in ("llmcompressor", "compressed-tensors", "torch", "transformers")},
+        "versions": {name: version(name) for name in PACKAGES},
     }
     (arguments.out / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(facts))

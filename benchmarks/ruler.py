@@ -1,13 +1,14 @@
 """The common ruler: every peer's model and Bitmill's, scored against the original on the same text.
 
-Twelve windows of 512 tokens of two kinds of text; the second half of every window is scored over the full
-vocabulary in float32: KL(original ‖ quantized) in nats, its median and 99th percentile, perplexity, and how often
-the best token is the same. ``docs`` is the kind that calibration uses (other topics of the same manual); ``other``
-is half library source code and half package pages, which calibration never sees. Nothing here uses
-``bitmill.measurement``, so that the two check one another.
+Twelve windows of 512 tokens of two kinds of text; the second half of every window is scored over
+the full vocabulary in float32: KL(original ‖ quantized) in nats, its median and 99th percentile,
+perplexity, and how often the best token is the same. ``docs`` is the kind that calibration uses
+(other topics of the same manual); ``other`` is half library source code and half package pages,
+which calibration never sees. Nothing here uses ``bitmill.measurement``, so that the two check one
+another.
 
-    python benchmarks/ruler.py ORIGINAL QUANTIZED [--out FILE.json]      any two checkpoints that Bitmill reads
-    python benchmarks/ruler.py ORIGINAL QUANTIZED --check                the same mean from ``bitmill.measure``
+    python benchmarks/ruler.py ORIGINAL QUANTIZED [--out FILE.json]   any two checkpoints that Bitmill reads
+    python benchmarks/ruler.py ORIGINAL QUANTIZED --check             the same mean from bitmill.measure
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ CALIBRATION_WINDOWS = 64
 AGREEMENT = 1e-4  # nats between this ruler and bitmill.measure
 
 CODE_MODULES = ("argparse", "heapq", "textwrap", "configparser", "shelve", "zipfile", "calendar", "sched")
-PROSE_PACKAGES = ("typer", "rich", "safetensors", "huggingface_hub", "transformers", "tokenizers", "numba", "numpy")
+PROSE_PACKAGES = ("typer", "rich", "safetensors", "huggingface_hub", "transformers", "numba", "numpy")
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,8 @@ def documents() -> dict[str, str]:
 
 def _description(package: str) -> str:
     """A package's own page without pictures and link targets: what is left reads as prose."""
-    text = metadata(package).get_payload()
-    lines = [line for line in str(text).splitlines() if line.strip() and not line.lstrip().startswith(("<", "[", "!"))]
-    return "\n".join(lines)
+    lines = str(metadata(package).get_payload()).splitlines()
+    return "\n".join(line for line in lines if line.strip() and not line.lstrip().startswith(("<", "[", "!")))
 
 
 def windows(tokenizer: Any, text: str, count: int, length: int = WINDOW) -> Tensor:
@@ -125,7 +125,9 @@ class Ruler:
             "docs": windows(tokenizer, texts["docs"], EVALUATION_WINDOWS),
             "other": torch.cat([windows(tokenizer, texts[kind], half) for kind in ("code", "prose")]),
         }
-        self._hidden = {kind: [scored_hidden(self.model, window) for window in ids] for kind, ids in self.tokens.items()}
+        self._hidden = {
+            kind: [scored_hidden(self.model, window) for window in ids] for kind, ids in self.tokens.items()
+        }
 
     @cached_property
     def linear_names(self) -> list[str]:
@@ -155,7 +157,7 @@ class Ruler:
         return self.score(model)
 
     def score_file(self, path: str | Path) -> dict[str, Score]:
-        """A checkpoint as Bitmill reads it: every tensor, so that transforms that moved norms and head count too."""
+        """A checkpoint as Bitmill reads it: every tensor, for transforms also move norms and head."""
         return self.score(opened(path))
 
     def _score_kind(self, model: PreTrainedModel, kind: str) -> Score:
@@ -186,7 +188,7 @@ def opened(path: str | Path) -> PreTrainedModel:
     import bitmill
 
     checkpoint = bitmill.open_source(str(path))
-    settings = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "compression_config")}
+    settings = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
     tied = "lm_head.weight" not in checkpoint.tensors
     config = AutoConfig.for_model(**{**settings, "tie_word_embeddings": tied})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -220,7 +222,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def main() -> None:
     """Score one checkpoint against another."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("original", type=Path, help="a Hugging Face folder")
     parser.add_argument("quantized", type=Path, help="any checkpoint that Bitmill reads")
     parser.add_argument("--out", type=Path, help="write the scores as JSON")

@@ -1,0 +1,42 @@
+"""GPTQ against llm-compressor's: the same tokens, grid and threads; loss in and out of domain, and
+time.
+
+    python benchmarks/bench_gptq.py [--bits 4 3 2] [--work FOLDER] [--reuse]
+"""
+
+from __future__ import annotations
+
+from compare import arguments, bench
+
+NOTES = """The same 64 windows of 512 tokens of Python's manual, group 64, asymmetric, two processes one after the other.
+`seconds` is the peer's `oneshot` call alone, and all of `bitmill.quantize` with reading the model and writing
+the file. KLD in nats against the original: `docs` is the calibration's kind of text, `other` is not.
+The peer runs {batch} window(s) a batch."""
+
+
+def main() -> None:
+    """Run both sides at every width."""
+    parser = arguments(__doc__)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--batch", type=int, default=1, help="the peer's windows a forward pass")
+    parser.add_argument("--recipe", default="gptq : int{bits}-g64-asym > compressed-tensors")
+    options = parser.parse_args()
+    both = bench(options)
+    ratios = []
+    for bits in options.bits:
+        extra = ("--bits", str(bits), "--batch", str(options.batch))
+        theirs = both.peer("llmc", "peer_gptq.py", f"llm-compressor gptq int{bits}-g64-asym", *extra)
+        recipe = options.recipe.format(bits=bits)
+        ours = both.bitmill(recipe, f"bitmill gptq int{bits}-g64-asym")
+        loss = [
+            ours["scores"][kind]["mean_kld"] / theirs["scores"][kind]["mean_kld"] for kind in ours["scores"]
+        ]
+        ratios.append(
+            f"int{bits}: bitmill's KLD is {loss[0]:.2f} (docs) and {loss[1]:.2f} (other) of the peer's, "
+            f"in {ours['seconds'] / theirs['seconds']:.3f} of its time."
+        )
+    both.report("gptq", "GPTQ, side by side", NOTES.format(batch=options.batch) + "\n\n" + "\n".join(ratios))
+
+
+if __name__ == "__main__":
+    main()
