@@ -133,20 +133,26 @@ class KQuant(ScalarGrid):
 
 def _affine(type: str, params: Params, at: int, columns: int) -> tuple[Tensor, Tensor | None]:
     """Step and offset of ``columns`` columns from ``at``: ``out columns``, or ``out 1`` inside one block."""
+    run = 16 if type == "q6_k" else 32
+    first, last = at // run, (at + columns - 1) // run + 1
+    step, base = params["d"], params.get("m", params.get("dmin"))
+    if "scales" in params:
+        step = _served(step, 256 // run, first, last - first) * params["scales"][:, first:last]
+        base = (
+            None if base is None else -_served(base, 8, first, last - first) * params["mins"][:, first:last]
+        )
+        at -= first * run
+    return _served(step, run, at, columns), None if base is None else _served(base, run, at, columns)
 
-    def spread(name: str, length: int) -> Tensor:
-        first, last = at // length, (at + columns - 1) // length + 1
-        part = params[name][:, first:last]
-        if last - first == 1:
-            return part
-        return part.repeat_interleave(length, 1)[:, at - first * length :][:, :columns]
 
-    if type == "q4_k":
-        step = spread("d", 256) * spread("scales", 32)
-        return step, -(spread("dmin", 256) * spread("mins", 32))
-    if type == "q6_k":
-        return spread("d", 256) * spread("scales", 16), None
-    return spread("d", 32), spread("m", 32) if type in ("q4_1", "q5_1") else None
+def _served(values: Tensor, length: int, at: int, columns: int) -> Tensor:
+    """Values of columns ``at … at + columns`` when each serves ``length`` of them; one alone broadcasts."""
+    first, last = at // length, (at + columns - 1) // length + 1
+    part = values[:, first:last]
+    if last - first == 1:
+        return part
+    each = part.unsqueeze(2).expand(-1, -1, length).flatten(1)
+    return each[:, at - first * length :][:, :columns]
 
 
 def _check(grid: KQuant, w: Tensor, importance: Tensor | None) -> None:
