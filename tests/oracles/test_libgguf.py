@@ -66,21 +66,30 @@ def _rows(kind: str) -> Tensor:
         return torch.from_numpy(np.load(REAL, allow_pickle=False).astype(np.float32))
     if kind == "degenerate":
         return _degenerate()
-    return torch.randn(200, WIDTH, generator=torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(5)
+    w = torch.randn(200, WIDTH, generator=generator)
+    if (
+        kind == "uneven"
+    ):  # sub-blocks so unlike that the scales of the scales take every sweep of their search
+        w *= torch.exp(1.5 * torch.randn(200, WIDTH // 32, generator=generator)).repeat_interleave(32, 1)
+    return w
 
 
 def _importance(kind: str) -> Tensor | None:
     if kind == "none":
         return None
     values = 10 * torch.rand(WIDTH, generator=torch.Generator().manual_seed(9)) ** 4
+    if kind == "steep":
+        values = torch.exp(5 * torch.randn(WIDTH // 32, generator=torch.Generator().manual_seed(9)))
+        values = values.repeat_interleave(32)
     if kind == "with zeros":
         values[::7] = 0
         values[256:288] = 0
     return values * 1e-12 if kind == "tiny" else values
 
 
-@pytest.mark.parametrize("importance", ["none", "usual", "with zeros", "tiny"])
-@pytest.mark.parametrize("rows", ["real", "degenerate", "gaussian"])
+@pytest.mark.parametrize("importance", ["none", "usual", "with zeros", "steep", "tiny"])
+@pytest.mark.parametrize("rows", ["real", "degenerate", "gaussian", "uneven"])
 @pytest.mark.parametrize("name", NAMES)
 def test_bytes_are_llama_cpps(name: str, rows: str, importance: str) -> None:
     w, weights = _rows(rows), _importance(importance)
