@@ -11,7 +11,9 @@ import torch
 from bitmill.measurement.logits import Bootstrap, Positions, Scores, summarize
 
 
-def scored(reference: torch.Tensor, quantized: torch.Tensor, targets: torch.Tensor, windows: int = 4) -> Positions:
+def scored(
+    reference: torch.Tensor, quantized: torch.Tensor, targets: torch.Tensor, windows: int = 4
+) -> Positions:
     scores = Scores()
     count = len(targets)
     window = torch.arange(count) * windows // count
@@ -36,7 +38,9 @@ def test_positions_equal_float64_brute_force() -> None:
     np.testing.assert_allclose(found.nll_reference, -p.gather(1, at)[:, 0].numpy(), rtol=1e-6)
     np.testing.assert_allclose(found.confidence, p.exp().amax(-1).numpy(), rtol=1e-6)
     assert (found.top == b.argmax(-1).numpy()).all()
-    np.testing.assert_allclose(found.dp, (q.gather(1, at).exp() - p.gather(1, at).exp())[:, 0].numpy(), atol=1e-7)
+    np.testing.assert_allclose(
+        found.dp, (q.gather(1, at).exp() - p.gather(1, at).exp())[:, 0].numpy(), atol=1e-7
+    )
 
 
 def test_small_divergence_is_not_lost_to_rounding() -> None:
@@ -107,7 +111,8 @@ def test_bootstrap_is_seeded() -> None:
 
 @pytest.mark.parametrize("blocks", [5, 12, 40])
 def test_interval_covers_the_truth_when_errors_cluster(blocks: int) -> None:
-    """Skewed errors that share their size inside a window: 95 % intervals hold the true mean about 95 % of the time."""
+    """Skewed errors that share their size inside a window: 95 % intervals hold the true mean about 95 % of
+    the time."""
     rng = np.random.default_rng(blocks)
     window = np.repeat(np.arange(blocks), 50)
     held = 0

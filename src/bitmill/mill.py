@@ -26,7 +26,7 @@ from bitmill.core.axes import Checkpoint, Container, LinearMap, Solver
 from bitmill.core.errors import BitmillError, Interrupted, Refused, Unsolvable
 from bitmill.core.types import Moments, Note, Problem, Quantized, Row
 from bitmill.families.base import head_dim, traits
-from bitmill.families.fold import FixedFold, fold_diagonal
+from bitmill.folding import FixedFold, fold_diagonal
 from bitmill.journal import RESUME, Boundary, Workspace, report_path, tokens_digest
 from bitmill.planning import STAGED_BYTES, Plan, plan, staged_bytes
 from bitmill.recipe import Recipe, parse

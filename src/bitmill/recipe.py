@@ -244,7 +244,7 @@ def _call(text: str) -> Call:
     if match is None:
         raise BadRecipe(f"cannot read {text.strip()!r}", fix="write name or name(option=value, …)")
     options: list[tuple[str, Value]] = []
-    for part in _split(match[2] or ""):
+    for part in _split(match[2]) if match[2] else []:
         key, equals, value = (p.strip() for p in part.partition("="))
         if not equals:
             raise BadRecipe(f"option {part!r} of {match[1]!r} has no value", fix="write name(option=value)")

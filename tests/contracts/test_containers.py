@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -14,10 +13,10 @@ import torch
 from bitmill.checkpoint.safetensors import SafetensorsFolder
 from bitmill.core import registry
 from bitmill.core.axes import Checkpoint, Container, Grid
-from bitmill.core.types import FileImage, Quantized, Row
-from bitmill.families.base import LINEAR_ROLES, describe
+from bitmill.core.errors import Refused
 from bitmill.source import open_path
 from tests.tiny import make_model
+from tests.written import rows_of, write
 
 CONTAINERS: dict[str, Container] = {name: cls() for name, cls in registry.members("containers").items()}
 GRIDS = [grid for cls in registry.members("grids").values() for grid in cls.examples()]
@@ -48,53 +47,14 @@ def source(dtype: str) -> Checkpoint:
     return SafetensorsFolder(make_model(folder, "llama", tied=True, dtype=DTYPES[dtype], **SIZES))
 
 
-@dataclass(frozen=True, eq=False)
-class Written:
-    path: Path
-    rows: list[Row]
-    quantized: Mapping[str, Quantized]
-    images: tuple[FileImage, ...]
-
-
-def rows_of(container: Container, model: Checkpoint, dtype: str, grid: Grid) -> list[Row]:
-    family = describe(model.config)
-    rows = []
-    for fact in model.tensors.values():
-        role, layer = family.role(fact.name)
-        solved = role in LINEAR_ROLES
-        kept = registry.parse_grid(container.default_grid(dtype, role))
-        rows.append(Row(fact.name, role, layer, fact.shape, grid if solved else kept, solved, "test"))
-    return rows
-
-
-def write(container: Container, model: Checkpoint, dtype: str, grid: Grid, folder: Path) -> Written:
-    rows = rows_of(container, model, dtype, grid)
-    images = container.files(rows, model, {"recipe": "a : b > c"})
-    out = folder / "out"
-    if not container.single_file:
-        out.mkdir()
-    content = {image.path: bytearray(image.bytes_) for image in images}
-    places = {slot.name: (image.path, slot) for image in images for slot in image.slots}
-    for image in images:
-        content[image.path][: len(image.head)] = image.head
-    quantized = {row.name: row.grid.round(model.read(row.name).float()) for row in rows}
-    for row in rows:
-        packed = container.pack(row, quantized[row.name], model)
-        assert {slot: len(data) for slot, data in packed.items()} == dict(container.slots(row, model))
-        for slot, data in packed.items():
-            path, place = places.pop(slot)
-            assert place.bytes_ == len(data)
-            content[path][place.offset : place.offset + len(data)] = data
-    assert not places, "every slot belongs to exactly one row"
-    for path, data in content.items():
-        (out / path if path else out).write_bytes(data)
-    return Written(out, rows, quantized, images)
-
-
 @pytest.mark.parametrize(("name", "dtype", "grid"), CASES)
 def test_reads_back_bit_for_bit(name: str, dtype: str, grid: Grid, tmp_path: Path) -> None:
     container, model = CONTAINERS[name], source(dtype)
-    written = write(container, model, dtype, grid, tmp_path)
+    try:
+        written = write(container, model, rows_of(container, model, dtype, grid), tmp_path)
+    except Refused as refusal:
+        assert dtype == "f32" and "dtype=bf16" in str(refusal.fix)
+        return
     assert [n for n, c in CONTAINERS.items() if c.recognises(written.path)] == [name]
     again = open_path(written.path)
     assert set(again.tensors) == {row.name for row in written.rows}
@@ -125,10 +85,11 @@ def test_reads_back_bit_for_bit(name: str, dtype: str, grid: Grid, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "grid"), [c for c in CASES if "f32" in str(c.id)][:: max(len(CASES) // 12, 1)]
+    ("name", "dtype", "grid"), [c for c in CASES if "bf16" in str(c.id)][:: max(len(CASES) // 12, 1)]
 )
 def test_files_are_disjoint_and_exact(name: str, dtype: str, grid: Grid, tmp_path: Path) -> None:
-    written = write(CONTAINERS[name], source(dtype), dtype, grid, tmp_path)
+    container, model = CONTAINERS[name], source(dtype)
+    written = write(container, model, rows_of(container, model, dtype, grid), tmp_path)
     for image in written.images:
         size = (written.path / image.path if image.path else written.path).stat().st_size
         at = len(image.head)

@@ -18,7 +18,6 @@ _DEFAULT: Mapping[str, str] = {
     "Q5_0": "q5_0",
     "Q5_1": "q5_1",
     "Q8_0": "q8_0",
-    "Q4_K_S": "q4_k",
     "Q4_K_M": "q4_k",
     "Q6_K": "q6_k",
 }
@@ -81,8 +80,6 @@ class Mixture(Allocation):
         chosen = default
         if self.name == "Q4_K_M" and more_bits(layer, layers):
             chosen = "q6_k"
-        elif self.name == "Q4_K_S" and layer < 4:
-            chosen = "q5_k"
         shared = traits.get("heads", 1) != traits.get("kv_heads", 1)
         if layers == _SEVENTY_BILLION_LAYERS and shared and chosen == "q4_k":
             chosen = "q5_k"
@@ -91,8 +88,6 @@ class Mixture(Allocation):
     def _down(self, default: str, layer: int, layers: int, imatrix: bool) -> str:
         if self.name == "Q4_K_M" and more_bits(layer, layers):
             return "q6_k"
-        if self.name == "Q4_K_S" and layer < layers // 8:
-            return "q5_k"
         if imatrix and layer < layers // 8 and self.name in ("Q4_0", "Q5_0"):
             return {"Q4_0": "q4_1", "Q5_0": "q5_1"}[self.name]
         return default
@@ -113,8 +108,6 @@ def _head(default: str, columns: int) -> str:
 
 def _fitting(wanted: str, columns: int) -> str:
     """llama.cpp's fallback for rows that are no whole blocks: the nearest 32-block type, else half precision."""
-    if wanted == "q5_k":  # a grid of its own issue; its 32-block neighbour is no smaller
-        return "q5_1" if columns % _SMALL_BLOCK == 0 else "f16"
     if columns % _BLOCK.get(wanted, _SMALL_BLOCK) == 0:
         return wanted
     fallback = _FALLBACK.get(wanted, "f16")

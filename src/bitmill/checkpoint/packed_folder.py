@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,12 +45,19 @@ class PackedFolder(Checkpoint):
         folder: the stored tensors.
         config: the whole ``config.json``.
         packed: quantized weights by canonical name.
+        aside: stored tensors that are no weights (scales of activations, of a cache).
 
     Raises:
         BadFile: a part is missing, belongs to two weights, or to none although it is not a dense weight.
     """
 
-    def __init__(self, folder: TensorFolder, config: Mapping[str, Any], packed: Mapping[str, Packed]) -> None:
+    def __init__(
+        self,
+        folder: TensorFolder,
+        config: Mapping[str, Any],
+        packed: Mapping[str, Packed],
+        aside: Collection[str] = (),
+    ) -> None:
         self.path: Path = folder.path
         self.folder = folder
         self._packed = packed
@@ -63,14 +70,16 @@ class PackedFolder(Checkpoint):
         facts: dict[str, TensorFacts] = {}
         for record in folder.records.values():
             owner = owners.get(record.name)
+            if record.name in aside:
+                continue
             if owner is not None:
                 facts.setdefault(owner, TensorFacts(owner, packed[owner].shape, "f32"))
             elif record.dtype in DENSE:
                 facts[record.name] = TensorFacts(record.name, record.shape, DENSE[record.dtype])
             elif record.dtype.startswith(("F8", "U8", "I32")):
                 raise BadFile(
-                    f"tensor {record.name!r} ({record.dtype}) belongs to no weight that quantization_config describes",
-                    where=str(record.path),
+                    f"tensor {record.name!r} ({record.dtype}) belongs to no weight that is described",
+                    where=f"{record.path}: quantization_config",
                 )
         self._facts = MappingProxyType(facts)
         self._quantization = MappingProxyType(dict(config["quantization_config"]))
@@ -106,7 +115,7 @@ class PackedFolder(Checkpoint):
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """The ``quantization_config``, with the free text of the safetensors headers under ``safetensors``."""
+        """The ``quantization_config``, and the free text of the headers under ``safetensors``."""
         return {**self._quantization, "safetensors": dict(self.folder.metadata)}
 
     @cached_property

@@ -1,5 +1,5 @@
-"""Model folders to be written, known to the byte before any weight is: safetensors headers, shards and their index,
-the configuration and the small files that travel along."""
+"""Model folders to be written, known to the byte before any weight is: safetensors headers, shards and their
+index, the configuration and the small files that travel along."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def folder_images(
 
 
 def model_config(source: Checkpoint, rows: Iterable[Row]) -> dict[str, Any]:
-    """The configuration of what is written: the source's, with the element type that most kept values have and
-    the head tied where none is stored; nothing about how the source was quantized, no pointers to code."""
+    """The configuration of what is written: the source's, with the element type that most kept values have,
+    and the head tied where none is stored; not how the source was quantized, no pointers to code."""
     gone = ("quantization_config", "auto_map", "torch_dtype", "dtype")
     config = {k: v for k, v in source.config.items() if k not in gone}
     kept: Counter[str] = Counter()

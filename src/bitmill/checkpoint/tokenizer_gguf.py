@@ -265,7 +265,7 @@ def _sentencepiece(keys: _Keys) -> dict[str, Any]:
     if len(scores) != len(keys.tokens):
         raise BadFile(f"{len(keys.tokens)} tokens have {len(scores)} scores", where=keys.where)
     # Gemma's scores do not follow the order of its merges; the order of its vocabulary does.
-    rank = {p: i for p, i in vocabulary.items()} if gemma else {p: -scores[i] for p, i in vocabulary.items()}
+    rank = dict(vocabulary) if gemma else {p: -scores[i] for p, i in vocabulary.items()}
     joined = {
         p
         for p, i in vocabulary.items()

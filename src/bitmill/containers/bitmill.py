@@ -1,7 +1,7 @@
 """Bitmill's own folder: every grid exactly as it was solved, for grids that no runtime's file can hold.
 
-Codes are a bit stream a row (U8, least significant bit first), parameters are tensors, and the grid's text stands in
-the safetensors metadata; ``bitmill`` reads it back bit for bit, and any container can be written from it.
+Codes are a bit stream a row (U8, least significant bit first), parameters are tensors, and the grid's text
+stands in the safetensors metadata; it reads back bit for bit, and any container can be written from it.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def _kquant_params(kind: str, shape: tuple[int, int]) -> Mapping[str, Planned]:
     if kind == "q6_k":
         return {"d": ("F16", (out, columns // 256)), "scales": ("I8", (out, columns // 16))}
     blocks = (out, columns // 32)
-    return {name: ("F16", blocks) for name in (("d", "m") if kind.endswith("_1") else ("d",))}
+    return dict.fromkeys(("d", "m") if kind.endswith("_1") else ("d",), ("F16", blocks))
 
 
 def _table_params(grid: Table, shape: tuple[int, int]) -> Mapping[str, Planned]:

@@ -99,6 +99,32 @@ class ScalarGrid(Grid):
         """Parameters of a range ``factor`` times as wide; ``factor`` broadcasts over the blocks."""
 
 
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """Evenly spaced values of some columns. The value nearest to ``w`` is ``(k - zero) · step + base`` with
+    ``k = round((w - base) / step + zero)`` held within ``low … high``, in float32 and in this order of operations;
+    where ``step`` is 0 it is ``base``.
+
+    Attributes:
+        step, zero, base: float32, broadcast to ``out columns``.
+        low, high: the range of ``k``; what is stored may be offset from it.
+    """
+
+    step: Tensor
+    zero: Tensor
+    base: Tensor
+    low: int
+    high: int
+
+
+class AffineGrid(ScalarGrid):
+    """A scalar grid whose values are evenly spaced: rounding is arithmetic that a compiled loop can do."""
+
+    @abstractmethod
+    def affine(self, params: Params, columns: Tensor) -> Affine:
+        """Spacing and place of the values of these columns (int64 indices into the tensor, any order)."""
+
+
 class LinearMap(ABC):
     """A change of basis at a seam: the hidden vector ``h`` becomes ``h R``."""
 

@@ -10,7 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bitmill.core.axes import ScalarGrid
+from bitmill.core.axes import Affine, AffineGrid
 from bitmill.core.types import Params, Quantized
 from bitmill.numerics.search import (
     INTEGER_ZERO,
@@ -31,7 +31,7 @@ _SCALES = {"auto": "f16", "f16": "f16", "bf16": "bf16", "f32": "f32"}
 
 @final
 @dataclass(frozen=True)
-class Integer(ScalarGrid):
+class Integer(AffineGrid):
     """Values ``scale · (code - zero)`` for codes ``0 … 2**bits - 1``.
 
     Codes are uint8 ``out in``. Parameters: ``scale`` float32 ``out groups`` (``1 1`` for a whole tensor) and,
@@ -162,6 +162,15 @@ class Integer(ScalarGrid):
     def scaled(self, params: Params, factor: Tensor) -> Params:
         """The zero code keeps its place, so both ends of the range move in proportion."""
         return {**params, "scale": stored(params["scale"] * factor, _SCALES[self.scale])}
+
+    def affine(self, params: Params, columns: Tensor) -> Affine:
+        def of(name: str) -> Tensor:
+            blocks = params[name]
+            return blocks if blocks.shape[1] == 1 else blocks[:, columns // self.group]
+
+        scale = of("scale")
+        zero = scale.new_full((1, 1), 2.0 ** (self.bits - 1)) if self.zero == "sym" else of("zero")
+        return Affine(scale, zero, scale.new_zeros(1, 1), 0, 2**self.bits - 1)
 
     def _columns(self, params: Params, at: int, columns: int) -> tuple[Tensor, Tensor | float]:
         scale = spread(params["scale"], self.group, at, columns)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitmill.core.axes import ScalarGrid
+from bitmill.core.axes import Affine, AffineGrid
 from bitmill.core.errors import Refused, Unsolvable
 from bitmill.core.types import Params, Quantized
 from bitmill.numerics import ggml_scales as scales_of
@@ -35,7 +35,7 @@ _TOP = {"q4_0": 15, "q4_1": 15, "q5_0": 31, "q5_1": 31, "q4_k": 15, "q6_k": 63}
 
 @final
 @dataclass(frozen=True)
-class KQuant(ScalarGrid):
+class KQuant(AffineGrid):
     """One of llama.cpp's block types.
 
     Codes are ``out in``, unsigned as stored (int8 for ``q8_0``). Parameters are float32 that hold
@@ -126,6 +126,23 @@ class KQuant(ScalarGrid):
     def step(self, params: Params, at: int, columns: int) -> Tensor:
         step, _ = _affine(self.type, params, at, columns)
         return step.abs().expand(-1, columns)
+
+    def affine(self, params: Params, columns: Tensor) -> Affine:
+        def of(name: str, length: int) -> Tensor:
+            return params[name][:, columns // length]
+
+        if self.type in ("q4_k", "q6_k"):
+            step = of("d", 256) * of("scales", 32 if self.type == "q4_k" else 16)
+        else:
+            step = of("d", 32)
+        base = step.new_zeros(1, 1)
+        if self.type == "q4_k":
+            base = -(of("dmin", 256) * of("mins", 32))
+        elif self.type in ("q4_1", "q5_1"):
+            base = of("m", 32)
+        half = 127 if self.type == "q8_0" else _HALF.get(self.type, 0)
+        high = 127 if self.type == "q8_0" else _TOP[self.type] - half
+        return Affine(step, step.new_zeros(1, 1), base, -half, high)
 
     def scaled(self, params: Params, factor: Tensor) -> Params:
         return {name: _half(p * factor) if name in ("d", "m", "dmin") else p for name, p in params.items()}

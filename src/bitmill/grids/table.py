@@ -1,5 +1,5 @@
-"""Sixteen fixed levels times the largest magnitude of a block: NormalFloat and FP4 of bitsandbytes, optionally
-with 8-bit block scales (Dettmers et al., "QLoRA", arXiv 2305.14314)."""
+"""Sixteen fixed levels times the largest magnitude of a block: NormalFloat and FP4 of bitsandbytes, with 8-bit
+block scales where asked (Dettmers et al., "QLoRA", arXiv 2305.14314)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """What quantization did to the next-token distribution, position by position, and what that amounts to.
 
-KL(reference ‖ quantized) over the full vocabulary, as in llama.cpp's perplexity tool (Kullback & Leibler 1951), with
-intervals from a bootstrap over whole windows (Efron 1979; Künsch 1989), because errors cluster within a text. The
-interval is Hesterberg's expanded percentile ("What Teachers Should Know About the Bootstrap", 2015), which does not
-pretend that a dozen windows are many.
+KL(reference ‖ quantized) over the full vocabulary, as in llama.cpp's perplexity tool (Kullback & Leibler
+1951), with intervals from a bootstrap over whole windows (Efron 1979; Künsch 1989), because errors cluster
+within a text. The interval is Hesterberg's expanded percentile ("What Teachers Should Know About the
+Bootstrap", 2015), which does not pretend that a dozen windows are many.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import NormalDist
 from typing import Any
 
@@ -85,7 +86,9 @@ class Scores:
 
     parts: list[Positions] = field(default_factory=list)
 
-    def add(self, reference: Tensor, quantized: Tensor, target: Tensor, window: Tensor, place: Tensor) -> None:
+    def add(
+        self, reference: Tensor, quantized: Tensor, target: Tensor, window: Tensor, place: Tensor
+    ) -> None:
         """Score ``m`` positions.
 
         Args:
@@ -96,7 +99,9 @@ class Scores:
         step = rows_at_once(reference.shape[-1])
         for a in range(0, reference.shape[0], step):
             rows = slice(a, a + step)
-            self.parts.append(_scored(reference[rows], quantized[rows], target[rows], window[rows], place[rows]))
+            self.parts.append(
+                _scored(reference[rows], quantized[rows], target[rows], window[rows], place[rows])
+            )
 
     def positions(self) -> Positions:
         """Everything scored so far."""
@@ -145,9 +150,9 @@ def _scored(reference: Tensor, quantized: Tensor, target: Tensor, window: Tensor
 def _divergence(p: Tensor, mass: Tensor, d: Tensor, log_ratio: Tensor) -> Tensor:
     """KL(softmax a ‖ softmax b) of ``d = a − b``, with ``p`` proportional to softmax a; ``d`` is consumed.
 
-    KL = E d + ln E e⁻ᵈ under softmax a. With d centred, d' = d − E d, that is ln(1 + E[e^(−d') − 1 + d']), whose terms
-    are all positive: nothing cancels, and a divergence of 1e-9 keeps its digits. Where logits differ by more than
-    e⁸ the sum may overflow, and the plain form E d + ``log_ratio`` is exact enough.
+    KL = E d + ln E e⁻ᵈ under softmax a. With d centred, d' = d − E d, that is ln(1 + E[e^(−d') − 1 + d']),
+    whose terms are all positive: nothing cancels, and a divergence of 1e-9 keeps its digits. Where logits
+    differ by more than e⁸ the sum may overflow, and the plain form E d + ``log_ratio`` is exact enough.
     """
     mean = (p * d).sum(-1, dtype=torch.float64) / mass
     d.sub_(mean[:, None].float())
@@ -189,7 +194,8 @@ class Summary:
         tokens: positions scored and finite; ``nonfinite`` is the share of the others.
         windows: blocks of the bootstrap.
         same_top: share of positions where both models prefer the same token (± binomial).
-        right_to_wrong, wrong_to_right: positions whose first choice stopped, or started, being the true token.
+        right_to_wrong, wrong_to_right: positions whose first choice stopped, or started, being the true
+            token.
         rms_dp, mean_dp: root mean square and mean change of the true token's probability.
         correlation: of the two models' −ln p of the true token.
     """
@@ -271,7 +277,7 @@ class Bootstrap:
 
 
 def _student(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t, by the Cornish–Fisher expansion (exact values where that is poor)."""
+    """The 97.5 % quantile of Student's t: the Cornish–Fisher expansion, a table where that is poor."""
     exact = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
     if freedom in exact:
         return exact[freedom]
@@ -336,9 +342,9 @@ def _correlation(a: Floats, b: Floats) -> float | None:
 
 
 def _buckets(p: Positions) -> tuple[Bucket, ...]:
-    """KLD by the reference's confidence: a mean is dominated by positions where the reference itself is undecided."""
+    """KLD by the reference's confidence: the mean is dominated by positions where it is undecided."""
     found = []
-    for low, high in zip(CONFIDENCE_EDGES[:-1], CONFIDENCE_EDGES[1:], strict=True):
+    for low, high in pairwise(CONFIDENCE_EDGES):
         inside = (p.confidence >= low) & ((p.confidence < high) | (high == CONFIDENCE_EDGES[-1]))
         count = int(inside.sum())
         found.append(Bucket(low, high, count, float(p.kld[inside].mean()) if count else None))

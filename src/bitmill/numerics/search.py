@@ -27,7 +27,7 @@ _PRECISION = {"f16": (11, -24, 65504.0), "bf16": (8, -126, 3.38e38), "f32": (24,
 
 
 def stored(x: Tensor, dtype: str) -> Tensor:
-    """``x`` as a scale of ``dtype`` (``f16 bf16 f32``) holds it, in float32: rounded, never 0, never infinite.
+    """``x`` as a scale of ``dtype`` (``f16 bf16 f32``) holds it, in float32: rounded, finite, never 0.
 
     The magnitude stays at or above the smallest one, so that dividing by a stored scale is always defined.
     """
