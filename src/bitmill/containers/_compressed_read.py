@@ -1,0 +1,235 @@
+"""Reading compressed-tensors folders, whoever wrote them: a layer's group, its grid, its codes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitmill.checkpoint.hf_folder import read_config
+from bitmill.checkpoint.packed_folder import Packed, PackedFolder, from_quantized
+from bitmill.checkpoint.safetensors import DENSE, TensorFolder
+from bitmill.core.axes import Grid
+from bitmill.core.errors import BadFile, Refused
+from bitmill.core.types import Quantized
+from bitmill.grids.integer import Integer
+from bitmill.grids.minifloat import Minifloat
+from bitmill.numerics.bits import packed_words, unpack
+from bitmill.numerics.floats import ELEMENTS
+
+_SCALE = ".weight_scale"
+_ASIDE = re.compile(
+    r"\.(?:input_scale|input_zero_point|input_global_scale|output_scale|[kqv]_scale|[kqv]_zero_point)$"
+)
+_LONGEST_PATTERN = 4096
+_LARGEST = 1 << 31
+_E4M3 = {"tensor": "tensor", "channel": "channel", "block": "b128"}
+
+
+def open_folder(path: Path) -> PackedFolder:
+    """The folder as a checkpoint.
+
+    Raises:
+        Refused: rotations at run time, layouts or orders of columns that no grid here describes.
+        BadFile: settings and tensors do not fit together.
+    """
+    folder, config = TensorFolder(path), read_config(path)
+    settings = config["quantization_config"]
+    if (settings.get("transform_config") or {}).get("config_groups"):
+        raise Refused("the model is rotated while it runs", where=str(path), fix="give the original model")
+    groups = _checked_groups(settings, path)
+    packed = {}
+    for name in folder.records:
+        if name.endswith(_SCALE):
+            module = name.removesuffix(_SCALE)
+            packed[f"{module}.weight"] = _weight(folder, module, _group_of(module, groups, path))
+    aside = {name for name in folder.records if _ASIDE.search(name)}
+    return PackedFolder(folder, config, packed, aside)
+
+
+def _checked_groups(settings: Mapping[str, Any], path: Path) -> list[tuple[list[str], Mapping[str, Any]]]:
+    groups = settings.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        raise BadFile("quantization_config has no config_groups", where=str(path))
+    checked = []
+    for name, group in groups.items():
+        targets = group.get("targets") if isinstance(group, dict) else None
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
+            raise BadFile(f"{name} has no targets", where=str(path))
+        if isinstance(weights, dict):
+            checked.append((targets, weights))
+    return checked
+
+
+def _group_of(
+    module: str, groups: Sequence[tuple[list[str], Mapping[str, Any]]], path: Path
+) -> Mapping[str, Any]:
+    """The weights of the group that names ``module``; a class name (``Linear``) stands for all the rest."""
+    rest = []
+    for targets, weights in groups:
+        for target in targets:
+            if target == module or (target.startswith("re:") and _matches(target[3:], module, path)):
+                return weights
+            if target[:1].isupper():
+                rest.append(weights)
+    if not rest:
+        raise BadFile(f"{module!r} is quantized and belongs to no group", where=f"{path}: config_groups")
+    return rest[0]
+
+
+def _matches(pattern: str, module: str, path: Path) -> bool:
+    if len(pattern) > _LONGEST_PATTERN:
+        raise BadFile("a target's pattern is too long", where=f"{path}: config_groups")
+    try:
+        return re.match(pattern, module) is not None
+    except re.error as error:
+        raise BadFile(f"{pattern!r} is not a pattern: {error}", where=f"{path}: config_groups") from error
+
+
+def _weight(folder: TensorFolder, module: str, about: Mapping[str, Any]) -> Packed:
+    grid = _grid(folder, module, about)
+    whole = f"{module}.weight"
+    plain = whole in folder.records
+    stored = folder.record(whole if plain else f"{module}.weight_packed")
+    if len(stored.shape) != 2:
+        raise BadFile(f"{stored.name!r} has {len(stored.shape)} dimensions", where=str(stored.path))
+    shape = _shape(folder, module, grid) if not plain else (stored.shape[0], stored.shape[1])
+    reason = grid.refuses(shape)
+    if reason is not None:
+        raise BadFile(reason, where=f"{module} in {folder.path}")
+    parts = _expected(grid, shape, plain)
+    for name, (types, dimensions) in parts.items():
+        record = folder.record(f"{module}.{name}")
+        if record.dtype not in types or record.shape not in dimensions:
+            wanted = f"{'/'.join(types)} {list(dimensions[0])}"
+            raise BadFile(
+                f"{record.name!r} is {record.dtype} {list(record.shape)} and must be {wanted}",
+                where=str(record.path),
+            )
+    names = tuple(f"{module}.{name}" for name in parts)
+    return from_quantized(shape, names, partial(_unpacked, folder, module, grid, shape, plain))
+
+
+def _grid(folder: TensorFolder, module: str, about: Mapping[str, Any]) -> Grid:
+    """The grid that a description of weights means.
+
+    Raises:
+        Refused: none here.
+    """
+    if f"{module}.weight_g_idx" in folder.records:
+        raise Refused("its columns are grouped by activation order, which no grid here has", where=module)
+    scale = folder.record(f"{module}{_SCALE}").dtype
+    bits, width, strategy = about.get("num_bits"), about.get("group_size"), about.get("strategy")
+    if strategy is None:
+        strategy = "tensor" if width is None else "channel" if width == -1 else "group"
+    if about.get("type", "int") == "int" and bits in range(2, 9) and scale in DENSE:
+        group = {"channel": 0, "tensor": -1}.get(strategy, width)
+        if type(group) is int and group >= -1 and strategy in ("channel", "tensor", "group"):
+            zero = "sym" if about.get("symmetric", True) else "asym"
+            return Integer(bits, group, zero, DENSE[scale])
+    if about.get("type") == "float" and about.get("symmetric", True):
+        element = {4: "e2m1", 6: "e2m3", 8: "e4m3"}.get(bits) if isinstance(bits, int) else None
+        if element and strategy == "tensor_group" and (bits, width) == (4, 16):
+            return Minifloat(element, "nv")
+        if element and strategy == "group" and width == 32 and scale == "U8":
+            return Minifloat(element, "mx")
+        square = about.get("block_structure") in ([128, 128], "128x128")
+        if element == "e4m3" and strategy in _E4M3 and (strategy != "block" or square) and scale in DENSE:
+            return Minifloat(element, _E4M3[strategy])
+    raise Refused(f"weights stored as {dict(about)} cannot be read here", where=f"{module} in {folder.path}")
+
+
+def _shape(folder: TensorFolder, module: str, grid: Grid) -> tuple[int, int]:
+    if isinstance(grid, Integer):
+        record = folder.record(f"{module}.weight_shape")
+        if (record.dtype, record.shape) not in (("I64", (2,)), ("I32", (2,))):
+            raise BadFile(f"{record.name!r} is not two whole numbers", where=str(record.path))
+        rows, columns = (int(v) for v in folder.read(record.name))
+    else:
+        rows, width = folder.record(f"{module}.weight_packed").shape
+        columns = width * 8 // ELEMENTS[grid.element].bits if isinstance(grid, Minifloat) else 0
+    if not (0 < rows < _LARGEST and 0 < columns < _LARGEST):
+        raise BadFile(f"{module!r} has the impossible shape {[rows, columns]}", where=str(folder.path))
+    return rows, columns
+
+
+Expected = dict[str, tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]]
+"""Element types and dimensions a part may have."""
+
+
+def _expected(grid: Grid, shape: tuple[int, int], plain: bool) -> Expected:
+    out, columns = shape
+    dense = tuple(DENSE)
+    if isinstance(grid, Integer):
+        groups = columns // grid.group if grid.group > 0 else 1
+        scales = ((1,), (), (1, 1)) if grid.group == -1 else ((out, groups),)
+        if plain:
+            parts: Expected = {"weight": (("I8",), (shape,)), "weight_scale": (dense, scales)}
+            return {**parts, "weight_zero_point": (("I8",), scales)} if grid.zero == "asym" else parts
+        parts = {
+            "weight_packed": (("I32",), ((out, packed_words(columns, grid.bits)),)),
+            "weight_scale": (dense, scales),
+            "weight_shape": (("I64", "I32"), ((2,),)),
+        }
+        zeros = ((packed_words(out, grid.bits), groups),)
+        return {**parts, "weight_zero_point": (("I32",), zeros)} if grid.zero == "asym" else parts
+    if not isinstance(grid, Minifloat):
+        raise ValueError(f"no layout holds {grid}")
+    bits = ELEMENTS[grid.element].bits
+    codes: Expected = {"weight": (("F8_E4M3",), (shape,))}
+    if bits < 8:
+        codes = {"weight_packed": (("U8",), ((out, columns * bits // 8),))}
+    if grid.scaling == "mx":
+        return {**codes, "weight_scale": (("U8",), ((out, columns // 32),))}
+    if grid.scaling == "nv":
+        shared: Expected = {"weight_global_scale": (("F32",), ((1,), ()))}
+        return {**codes, "weight_scale": (("F8_E4M3",), ((out, columns // 16),)), **shared}
+    tiles = (-(-out // 128), -(-columns // 128))
+    scales = {"channel": ((out, 1),), "tensor": ((1,), (), (1, 1))}.get(grid.scaling, (tiles,))
+    return {**codes, "weight_scale": (dense, scales)}
+
+
+def _unpacked(
+    folder: TensorFolder, module: str, grid: Grid, shape: tuple[int, int], plain: bool
+) -> Quantized:
+    def part(name: str) -> Tensor:
+        return folder.read(f"{module}.{name}")
+
+    if isinstance(grid, Integer):
+        return _integer(part, grid, shape, plain)
+    if not isinstance(grid, Minifloat):
+        raise ValueError(f"no layout holds {grid}")
+    bits = ELEMENTS[grid.element].bits
+    codes = part("weight").view(torch.uint8) if bits == 8 else unpack(part("weight_packed"), bits, shape[1])
+    scale = part("weight_scale")
+    if grid.scaling == "mx":
+        return Quantized(grid, codes, {"exponent": scale}, shape)
+    scale = scale.to(torch.float32)
+    if grid.scaling == "nv":
+        return Quantized(
+            grid, codes, {"scale": scale, "gain": part("weight_global_scale").reshape(())}, shape
+        )
+    return Quantized(
+        grid, codes, {"scale": scale.reshape(1, 1) if grid.scaling == "tensor" else scale}, shape
+    )
+
+
+def _integer(part: Any, grid: Integer, shape: tuple[int, int], plain: bool) -> Quantized:
+    half = 2 ** (grid.bits - 1)
+    scale = part("weight_scale").to(torch.float32)
+    params = {"scale": scale.reshape(1, 1) if grid.group == -1 else scale}
+    if plain:
+        codes = (part("weight").to(torch.int16) + half).clamp(0, 2 * half - 1).to(torch.uint8)
+    else:
+        codes = unpack(part("weight_packed"), grid.bits, shape[1])
+    if grid.zero == "asym":
+        zero = part("weight_zero_point")
+        zero = zero.to(torch.float32) + half if plain else unpack(zero.T.contiguous(), grid.bits, shape[0]).T
+        params["zero"] = zero.reshape(params["scale"].shape).to(torch.float32)
+    return Quantized(grid, codes, params, shape)

@@ -1,0 +1,270 @@
+"""compressed-tensors folders: what llm-compressor writes and vLLM, SGLang and transformers load.
+
+Layouts by grid: integers as ``pack-quantized``, FP8 as ``naive-quantized``, MX types and NVFP4 as their own.
+The ``quantization_config`` names the layers of each grid. Weights only: activations stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor
+
+from bitmill.checkpoint.packed_folder import quantization_config
+from bitmill.checkpoint.patterns import patterns
+from bitmill.checkpoint.safetensors_write import (
+    DENSE_DTYPES,
+    Planned,
+    bytes_of,
+    exactly,
+    folder_images,
+    model_config,
+    to_bytes,
+)
+from bitmill.containers._compressed_read import open_folder
+from bitmill.core.axes import Checkpoint, Container, Grid, torch_dtype
+from bitmill.core.errors import Refused
+from bitmill.core.types import FileImage, Quantized, Row
+from bitmill.grids.dense import Dense
+from bitmill.grids.integer import Integer
+from bitmill.grids.minifloat import Minifloat
+from bitmill.numerics.bits import pack, packed_words
+from bitmill.numerics.floats import ELEMENTS
+
+METHOD = "compressed-tensors"
+
+_WEIGHT = ".weight"
+_SMALL = {"mxfp4": "mxfp4", "mxfp6-e2m3": "mxfp6", "mxfp8": "mxfp8", "nvfp4": "nvfp4"}
+_STRATEGY = {"channel": "channel", "tensor": "tensor", "b128": "block"}
+
+
+@final
+@dataclass(frozen=True)
+class CompressedTensors(Container):
+    """A Hugging Face folder in the layouts of the compressed-tensors package, 0.19 or newer (MXFP6: 0.20)."""
+
+    single_file: ClassVar[bool] = False
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        return quantization_config(path, METHOD) is not None
+
+    def open(self, path: Path) -> Checkpoint:
+        return open_folder(path)
+
+    def refuses(self, grid: Grid, role: str, shape: tuple[int, ...]) -> str | None:
+        if isinstance(grid, Dense):
+            return None
+        if role == "embed":
+            return "its readers take embeddings as dense values only"
+        reason = _unknown(grid)
+        return grid.refuses(shape) if reason is None else reason
+
+    def adapt(self, grid: Grid, dtype: str) -> Grid:
+        """Readers hold scales in the model's own type, so a 16-bit model gets scales of that type; single
+        precision holds any, and 16 bits are enough."""
+        if not isinstance(grid, Integer) or grid.zero == "fz":
+            return grid
+        free = "f16" if grid.scale == "auto" else grid.scale
+        return replace(grid, scale=free if dtype == "f32" else dtype, zero_floor=0)
+
+    def default_grid(self, dtype: str, role: str) -> str:
+        return dtype
+
+    def slots(self, row: Row, source: Checkpoint) -> Mapping[str, int]:
+        return {name: bytes_of(planned) for name, planned in _planned(row).items()}
+
+    def files(
+        self, rows: Sequence[Row], source: Checkpoint, notes: Mapping[str, str]
+    ) -> tuple[FileImage, ...]:
+        """The whole folder.
+
+        Raises:
+            Refused: MX or NVFP4 weights in a model whose kept values are not bfloat16.
+        """
+        config = model_config(source, rows)
+        groups = _groups(rows)
+        if groups:
+            _refuse_precision(groups, config["dtype"])
+            config["quantization_config"] = _settings(rows, groups)
+        tensors = {name: planned for row in rows for name, planned in _planned(row).items()}
+        metadata = {f"bitmill.{key}": text for key, text in notes.items()}
+        return folder_images(source, tensors, config, metadata)
+
+    def pack(self, row: Row, quantized: Quantized, source: Checkpoint) -> Mapping[str, bytes]:
+        if isinstance(row.grid, Dense):
+            return {row.name: to_bytes(quantized.codes)}
+        module = row.name.removesuffix(_WEIGHT)
+        parts = _integer(row.grid, quantized) if isinstance(row.grid, Integer) else _small(quantized)
+        return {f"{module}.{name}": to_bytes(value) for name, value in parts.items()}
+
+
+def _unknown(grid: Grid) -> str | None:
+    """Why no layout holds ``grid``, and which container would."""
+    if isinstance(grid, Integer):
+        if grid.zero == "fz":
+            return "its zero points are whole numbers: say -asym, or write > bitmill"
+        return "it has no packed layout with one scale for a whole tensor" if grid.group == -1 else None
+    if isinstance(grid, Minifloat):
+        if str(grid) in _SMALL or (grid.element == "e4m3" and grid.scaling in _STRATEGY):
+            return None
+        return f"it has FP8 in E4M3 only, and {', '.join(_SMALL)}; > bitmill holds {grid}"
+    text = str(grid)
+    if text.startswith("q"):
+        return "K-quants and their kin live in GGUF files: write > gguf"
+    if text.startswith(("nf4", "fp4")):
+        return "tables of levels are bitsandbytes' own: write > bitsandbytes, or > bitmill"
+    return f"it has no layout for {text}; > bitmill holds it"
+
+
+def _planned(row: Row) -> dict[str, Planned]:
+    if isinstance(row.grid, Dense):
+        return {row.name: (DENSE_DTYPES[str(row.grid)], row.shape)}
+    if not row.name.endswith(_WEIGHT):
+        raise Refused(f"only weights of layers can be on {row.grid}", where=row.name, fix="keep this tensor")
+    module = row.name.removesuffix(_WEIGHT)
+    parts = _parts(row.grid, (row.shape[0], row.shape[1]))
+    return {f"{module}.{name}": planned for name, planned in parts.items()}
+
+
+def _parts(grid: Grid, shape: tuple[int, int]) -> dict[str, Planned]:
+    """Element type and dimensions of every stored tensor of one weight."""
+    out, columns = shape
+    if isinstance(grid, Integer):
+        groups = columns // grid.group if grid.group else 1
+        parts: dict[str, Planned] = {
+            "weight_packed": ("I32", (out, packed_words(columns, grid.bits))),
+            "weight_scale": (DENSE_DTYPES[_scale(grid)], (out, groups)),
+            "weight_shape": ("I64", (2,)),
+        }
+        if grid.zero == "asym":
+            parts["weight_zero_point"] = ("I32", (packed_words(out, grid.bits), groups))
+        return parts
+    if not isinstance(grid, Minifloat):
+        raise ValueError(f"no layout holds {grid}")
+    bits = ELEMENTS[grid.element].bits
+    codes: Planned = ("U8", (out, columns * bits // 8)) if bits < 8 else ("F8_E4M3", shape)
+    name = "weight_packed" if bits < 8 else "weight"
+    if grid.scaling == "mx":
+        return {name: codes, "weight_scale": ("U8", (out, columns // 32))}
+    if grid.scaling == "nv":
+        scale: Planned = ("F8_E4M3", (out, columns // 16))
+        return {name: codes, "weight_scale": scale, "weight_global_scale": ("F32", (1,))}
+    tiles = (-(-out // 128), -(-columns // 128))
+    return {
+        name: codes,
+        "weight_scale": ("F32", {"channel": (out, 1), "tensor": (1,)}.get(grid.scaling, tiles)),
+    }
+
+
+def _scale(grid: Integer) -> str:
+    return "f16" if grid.scale == "auto" else grid.scale
+
+
+def _integer(grid: Integer, quantized: Quantized) -> dict[str, Tensor]:
+    """Codes and zero points keep their offset of ``2**(bits - 1)``; zero points are packed down the rows."""
+    parts = {
+        "weight_packed": pack(quantized.codes, grid.bits),
+        "weight_scale": exactly(quantized.params["scale"], torch_dtype(_scale(grid))),
+        "weight_shape": torch.tensor(quantized.shape, dtype=torch.int64),
+    }
+    if grid.zero == "asym":
+        zero = exactly(quantized.params["zero"], torch.uint8)
+        parts["weight_zero_point"] = pack(zero.T.contiguous(), grid.bits).T
+    return parts
+
+
+def _small(quantized: Quantized) -> dict[str, Tensor]:
+    grid, params = quantized.grid, quantized.params
+    if not isinstance(grid, Minifloat):
+        raise ValueError(f"no layout holds {grid}")
+    bits = ELEMENTS[grid.element].bits
+    codes = {"weight": quantized.codes} if bits == 8 else {"weight_packed": pack(quantized.codes, bits, 8)}
+    if grid.scaling == "mx":
+        return {**codes, "weight_scale": params["exponent"]}
+    if grid.scaling == "nv":
+        scale = exactly(params["scale"], torch.float8_e4m3fn)
+        return {**codes, "weight_scale": scale, "weight_global_scale": params["gain"].reshape(1)}
+    return {**codes, "weight_scale": params["scale"].to(torch.float32)}
+
+
+def _groups(rows: Sequence[Row]) -> dict[Grid, list[str]]:
+    """Modules by grid, in order."""
+    groups: dict[Grid, list[str]] = {}
+    for row in rows:
+        if not isinstance(row.grid, Dense):
+            groups.setdefault(row.grid, []).append(row.name.removesuffix(_WEIGHT))
+    return groups
+
+
+def _refuse_precision(groups: Mapping[Grid, Sequence[str]], dtype: str) -> None:
+    for grid, modules in groups.items():
+        if str(grid) in _SMALL and dtype != "bfloat16":
+            raise Refused(
+                f"readers of compressed-tensors decode {grid} to bfloat16, and the rest of the model is {dtype}",
+                where=modules[0],
+                fix="add dtype=bf16 to the recipe",
+            )
+
+
+def _settings(rows: Sequence[Row], groups: Mapping[Grid, Sequence[str]]) -> dict[str, Any]:
+    """The ``quantization_config``: one group a grid, and the layers that stay dense."""
+    modules = [r.name.removesuffix(_WEIGHT) for r in rows if len(r.shape) == 2 and r.role != "embed"]
+    chosen = {module for members in groups.values() for module in members}
+    ignore = _named([m for m in modules if m not in chosen], modules)
+    if "lm_head" not in modules:
+        ignore.append("lm_head")  # tied: the module exists, its weight is the embedding's
+    made = {}
+    for index, (grid, members) in enumerate(groups.items()):
+        layout, weights = _scheme(grid)
+        made[f"group_{index}"] = {
+            "targets": ["Linear"] if len(groups) == 1 else _named(members, modules),
+            "weights": weights,
+            "input_activations": None,
+            "output_activations": None,
+            "format": layout,
+        }
+    layouts = {group["format"] for group in made.values()}
+    return {
+        "quant_method": METHOD,
+        "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": made,
+        "ignore": ignore,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _named(chosen: Sequence[str], everything: Sequence[str]) -> list[str]:
+    return [f"re:{text}" if regular else text for text, regular in patterns(chosen, everything)]
+
+
+def _scheme(grid: Grid) -> tuple[str, dict[str, Any]]:
+    """Name of the layout, and the description of the weights on it."""
+    about: dict[str, Any] = {"symmetric": True, "dynamic": False, "group_size": None, "actorder": None}
+    if isinstance(grid, Integer):
+        width = {"strategy": "group", "group_size": grid.group} if grid.group else {"strategy": "channel"}
+        symmetric = grid.zero == "sym"
+        return "pack-quantized", {
+            **about,
+            "num_bits": grid.bits,
+            "type": "int",
+            **width,
+            "symmetric": symmetric,
+        }
+    if not isinstance(grid, Minifloat):
+        raise ValueError(f"no layout holds {grid}")
+    about |= {"num_bits": ELEMENTS[grid.element].bits, "type": "float"}
+    if grid.scaling == "nv":
+        kind = {"strategy": "tensor_group", "group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}
+        return "nvfp4-pack-quantized", {**about, **kind}
+    if grid.scaling == "mx":
+        layout = "mxfp8-quantized" if grid.element == "e4m3" else f"{_SMALL[str(grid)]}-pack-quantized"
+        return layout, {**about, "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
+    block = {"block_structure": [128, 128]} if grid.scaling == "b128" else {}
+    return "naive-quantized", {**about, "strategy": _STRATEGY[grid.scaling], **block}
