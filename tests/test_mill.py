@@ -1,0 +1,189 @@
+"""The loop: sizes as planned, both walks agree with a plain reference, refusals leave nothing behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from bitmill import mill, planning
+from bitmill.calibrate.stream import Stream
+from bitmill.core.errors import Refused, Unsolvable
+from bitmill.journal import report_path
+from bitmill.planning import plan
+from bitmill.recipe import parse
+from bitmill.source import open_source
+from tests.tiny import CONFIGS, make_model, tokens
+
+RECIPES = [
+    "nearest : q8_0, embed=q8_0 > gguf",
+    "gptq : q4_0, embed=q8_0 > gguf",
+    "gptq : int4-g32-asym > compressed-tensors",
+    "awq + gptq : int4-g32-asym > compressed-tensors",
+    "hadamard + gptq : int4-g32-asym > compressed-tensors",
+    "gptq : int4-g32-sym > gptq",
+    "hqq : int4-g32 > bitmill",
+    "clip : int4-g32-asym > compressed-tensors",
+]
+
+
+def size(path: Path) -> int:
+    if path.is_file():
+        return path.stat().st_size
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file() and p.name != "bitmill-report.json")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_bytes_are_the_plans_and_the_file_reads_back(recipe: str, model: Path, tmp_path: Path) -> None:
+    source = open_source(str(model))
+    out = tmp_path / ("out.gguf" if recipe.endswith("gguf") else "out")
+    made = plan(parse(recipe), source, out, nsamples=4, seqlen=32)
+    report = mill.quantize(source, recipe, out, calib=tokens(), nsamples=4, seqlen=32)
+    assert size(out) == made.bytes_ == report.bytes_
+    assert json.loads(report_path(out).read_text())["plan"]["bytes"] == made.bytes_
+    again = open_source(str(out))
+    assert set(again.tensors) >= {row.name for row in made.rows}
+    x = tokens(2, 32, seed=9)
+    logits = [s.logits(s.hidden(x)) for s in (Stream(source), Stream(again))]
+    drift = (logits[0].log_softmax(-1) - logits[1].log_softmax(-1)).abs().mean()
+    assert drift < 0.6
+    assert not out.with_name(out.name + ".partial").exists()
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("transform", ["awq", "hadamard"])
+def test_folding_leaves_the_function_as_it_was(family: str, transform: str, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", family)
+    if (family, transform) == ("gemma3", "hadamard"):
+        pytest.xfail("checked below: its residual stream takes no rotation; the value seam alone is folded")
+    source = open_source(str(model))
+    mill.quantize(source, f"{transform} + nearest : int8-g32-asym > bitmill", tmp_path / "out", calib=tokens())
+    x = tokens(2, 32, seed=5)
+    a, b = (s.logits(s.hidden(x)) for s in (Stream(source), Stream(open_source(str(tmp_path / "out")))))
+    assert (a - b).abs().max() < 0.05 * a.abs().max()
+
+
+def test_staged_and_two_pass_walks_solve_the_same_first_group(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = "gptq : int4-g32-asym > bitmill"
+    mill.quantize(str(model), recipe, tmp_path / "staged", calib=tokens(8, 32))
+    monkeypatch.setattr(mill, "STAGED_BYTES", 0)
+    mill.quantize(str(model), recipe, tmp_path / "passes", calib=tokens(8, 32))
+    a, b = (open_source(str(tmp_path / name)) for name in ("staged", "passes"))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(a.read(name), b.read(name))
+    later = "model.layers.0.mlp.down_proj.weight"
+    assert not torch.equal(a.read(later), b.read(later))  # staged: it has seen the error of the groups before it
+
+
+def test_calibrated_beats_plain_rounding(model: Path, tmp_path: Path) -> None:
+    source, x = open_source(str(model)), tokens(8, 32, seed=3)
+    reference = Stream(source)
+    target = reference.logits(reference.hidden(x)).log_softmax(-1)
+    kld = {}
+    for solver in ("nearest", "gptq"):
+        mill.quantize(source, f"{solver} : int3-g32-asym > bitmill", tmp_path / solver, calib=tokens(32, 32))
+        stream = Stream(open_source(str(tmp_path / solver)))
+        log_q = stream.logits(stream.hidden(x)).log_softmax(-1)
+        kld[solver] = float((target.exp() * (target - log_q)).sum(-1).mean())
+    assert kld["gptq"] < kld["nearest"]
+
+
+def test_moments_saved_merged_and_used_again(model: Path, tmp_path: Path) -> None:
+    recipe, saved = "gptq : int4-g32-asym > bitmill", tmp_path / "m.safetensors"
+    mill.quantize(str(model), recipe, tmp_path / "a", calib=tokens(8, 32), save=saved)
+    mill.quantize(str(model), recipe, tmp_path / "b", moments=saved)
+    a, b = (open_source(str(tmp_path / name)) for name in "ab")
+    name = "model.layers.0.self_attn.k_proj.weight"
+    assert torch.equal(a.read(name), b.read(name))
+    other = make_model(tmp_path / "other", seed=7)
+    with pytest.raises(Refused, match="another model"):
+        mill.quantize(str(other), recipe, tmp_path / "c", moments=saved)
+
+
+def test_nothing_is_overwritten_and_a_finished_run_is_recognised(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    out.write_text("mine")
+    with pytest.raises(Refused, match="exists"):
+        mill.quantize(str(model), "q8_0", out)
+    assert out.read_text() == "mine"
+    mill.quantize(str(model), "q8_0", out, force=True)
+    before = out.read_bytes()
+    report = mill.quantize(str(model), "q8_0", out)
+    assert any(note.kind == "present" for note in report.notes)
+    assert out.read_bytes() == before
+    with pytest.raises(Refused, match="exists"):
+        mill.quantize(str(model), "nearest : q4_0 > gguf", out)
+
+
+def test_another_recipe_does_not_resume_and_names_the_field(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+
+    def stop(where: str) -> None:
+        if where == "block 0: journaled":
+            raise KeyboardInterrupt
+
+    with pytest.raises(mill.Interrupted, match="same command"):
+        mill.quantize(str(model), "q8_0", out, boundary=stop)
+    assert not out.exists()
+    with pytest.raises(Refused, match="recipe"):
+        mill.quantize(str(model), "nearest : q4_0, embed=q8_0 > gguf", out)
+    report = mill.quantize(str(model), "q8_0", out)
+    assert report.resumed == 2
+
+
+def test_nan_weights_are_refused_and_nothing_stays(model: Path, tmp_path: Path) -> None:
+    broken = make_model(tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Refused, match=r"1 of .* NaN"):
+        mill.quantize(str(broken), "q8_0", tmp_path / "out.gguf")
+    assert [p.name for p in tmp_path.iterdir()] == ["broken"]
+
+
+def test_an_exploding_block_stops_the_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mill, "EXPLOSION", 1e-6)
+    with pytest.raises(Unsolvable, match="block 0"):
+        mill.quantize(str(model), "gptq : int2-g32-asym > bitmill", tmp_path / "out", calib=tokens())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_read_only_folder_and_full_disk(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning.os, "access", lambda *_: False)
+    with pytest.raises(Refused, match="cannot write"):
+        mill.quantize(str(model), "q8_0", tmp_path / "out.gguf")
+    monkeypatch.undo()
+    usage = type("Usage", (), {"free": 10})
+    monkeypatch.setattr(planning.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(Refused, match="free"):
+        mill.quantize(str(model), "q8_0", tmp_path / "out.gguf")
+
+
+def test_an_architecture_without_a_table_is_calibrated_but_not_folded(tmp_path: Path) -> None:
+    from transformers import StableLmConfig
+
+    from tests.tiny import tokenizer
+
+    config = StableLmConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        vocab_size=len(tokenizer()), max_position_embeddings=128,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    report = mill.quantize(
+        str(tmp_path / "model"), "gptq : int4-g32-asym > compressed-tensors", tmp_path / "out", calib=tokens()
+    )
+    assert len(report.tensors) == 14
+    with pytest.raises(Refused, match="no table"):
+        mill.quantize(str(tmp_path / "model"), "awq + gptq : int4-g32-asym", tmp_path / "no", calib=tokens())

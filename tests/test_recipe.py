@@ -1,0 +1,75 @@
+"""Recipes: every known name parses, text round-trips, and what is wrong is named with what would work."""
+
+from pathlib import Path
+
+import pytest
+
+from bitmill.core.errors import BadRecipe
+from bitmill.recipe import KNOWN, Call, parse
+
+
+@pytest.mark.parametrize("name", sorted(KNOWN))
+def test_known_names_parse_in_any_case_and_round_trip(name: str) -> None:
+    recipe = parse(name)
+    assert parse(name.upper()) == recipe
+    assert parse(name.replace("-", "_")) == recipe
+    assert parse(str(recipe)) == recipe
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "awq + gptq(damp=0.02) : int4-g64-asym > compressed-tensors",
+        "gptq : q4_0, embed=q8_0, keep=v+down > gguf",
+        "nearest : mxfp4, dtype=bf16 > compressed-tensors",
+        "nearest : Q4_K_M > gguf",
+        "gptq(damp=0.1, act_order=false) : int3-g128-sym, fallback=int8-channel-sym > compressed-tensors",
+    ],
+)
+def test_text_round_trips(text: str) -> None:
+    assert str(parse(str(parse(text)))) == str(parse(text))
+
+
+def test_options_are_values() -> None:
+    recipe = parse("gptq(damp=0.1, act_order=off):int4-g64-asym")
+    assert recipe.solver == Call("gptq", (("damp", 0.1), ("act_order", False)))
+    assert recipe.container == "compressed_tensors"
+
+
+def test_solver_settles_what_the_grid_leaves_open() -> None:
+    assert parse("hqq : int4-g64").grid == "int4-g64-fz"
+    assert parse("gptq : int4-g64").grid == "int4-g64-sym"
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("Q4_K_X", "Q4_K"),
+        ("gptqq : int4-g64", "gptq"),
+        ("gptq(dmap=0.1) : int4-g64", "damp"),
+        ("gptq : int4-g64, embd=q8_0", "embed"),
+        ("gptq : int4-g64 > ggfu", "gguf"),
+        ("gptq : int4-q64", "int4"),
+        ("", "empty"),
+        ("gptq : int4-g64, dtype=f64", "f32"),
+        ("gptq( : int4", "name"),
+        ("gptq : ", "no grid"),
+    ],
+)
+def test_typos_are_refused_with_a_hint(text: str, part: str) -> None:
+    with pytest.raises(BadRecipe) as caught:
+        parse(text)
+    assert part in str(caught.value)
+
+
+def test_toml_files(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text('transforms = ["awq"]\nsolver = "gptq(damp=0.02)"\ngrid = "int4-g64-asym"\nkeep = ["v"]\n')
+    assert str(parse(str(path))) == "awq + gptq(damp=0.02) : int4-g64-asym, keep=v > compressed-tensors"
+    path.write_text('recipe = "Q8_0"\n')
+    assert parse(str(path)) == parse("q8_0")
+    path.write_text('solvr = "gptq"\ngrid = "int4-g64"\n')
+    with pytest.raises(BadRecipe, match="solver"):
+        parse(str(path))
+    with pytest.raises(BadRecipe):
+        parse(str(tmp_path / "missing.toml"))

@@ -1,0 +1,70 @@
+"""Blocks streamed one by one compute what transformers computes whole, for every family."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from bitmill.calibrate.moments import MomentSum, load_moments, save_moments
+from bitmill.calibrate.stream import Stream
+from bitmill.core.errors import BadFile, Refused, Unsolvable
+from bitmill.source import open_source
+from tests.tiny import CONFIGS, make_model, tokens
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_equal_transformers(family: str, tied: bool, tmp_path: Path) -> None:
+    make_model(tmp_path, family, tied=tied)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    stream = Stream(open_source(str(tmp_path)))
+    x = tokens(3, 40)
+    with torch.no_grad():
+        assert torch.equal(stream.logits(stream.hidden(x, batch=3)), model(x).logits)
+
+
+def test_linears_that_share_an_input_are_found(tmp_path: Path) -> None:
+    stream = Stream(open_source(str(make_model(tmp_path))))
+    x = stream.embed(tokens(1, 16))
+    assert stream.block(0).shared_inputs(x) == [
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    ]
+
+
+def test_a_token_outside_the_table_is_refused(tmp_path: Path) -> None:
+    stream = Stream(open_source(str(make_model(tmp_path))))
+    with pytest.raises(BadFile, match="outside the embedding"):
+        stream.embed(torch.tensor([[10**6]]))
+
+
+def test_moments_equal_the_plain_sums_and_merge(tmp_path: Path) -> None:
+    x = torch.randn(700, 1300)
+    parts = []
+    for half in (x[:300], x[300:]):
+        total = MomentSum(1300, gram=True)
+        total.add(half, "x")
+        parts.append(total.moments())
+    both = parts[0].merged(parts[1])
+    assert both.tokens == 700
+    assert both.gram is not None
+    assert torch.allclose(both.gram, x.T @ x, atol=1e-3)
+    assert torch.equal(both.gram, both.gram.T)
+    assert torch.allclose(both.importance, x.square().mean(0), atol=1e-5)
+    assert torch.allclose(both.absmax, x.abs().amax(0))
+    path = tmp_path / "m.safetensors"
+    save_moments(path, {"a": both, "b": both}, {"source": "s"})
+    loaded, facts = load_moments(path)
+    assert facts == {"source": "s"}
+    assert loaded["a"] is loaded["b"]
+    assert loaded["a"].gram is not None and torch.equal(loaded["a"].gram, both.gram)
+
+
+def test_moments_refuse_what_is_not_finite_and_files_that_are_not_theirs(tmp_path: Path) -> None:
+    with pytest.raises(Unsolvable, match="1 of 8"):
+        MomentSum(4, gram=False).add(torch.tensor([[1.0, 2, 3, 4], [1, float("inf"), 3, 4]]), "x")
+    with pytest.raises(Refused):
+        load_moments(tmp_path / "none")
