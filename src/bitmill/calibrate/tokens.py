@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitmill.calibrate.corpus import Text, default_calibration, load_texts
+from bitmill.calibrate.windows import tokenizer_of, windows
 from bitmill.core.axes import Checkpoint
 from bitmill.core.errors import Refused
 from bitmill.core.types import Note
 
-MATRIX = 2
+_MATRIX = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,11 +52,31 @@ def calibration_tokens(
     """
     if isinstance(calib, Tensor):
         return _given(calib)
-    raise Refused("no corpus")
+    notes: tuple[Note, ...] = ()
+    if calib is None:
+        sampled, notes = _own_words(source, nsamples * seqlen // 2, seed, progress)
+        texts = default_calibration(sampled)
+    else:
+        texts = load_texts([calib] if isinstance(calib, str) else list(calib))
+    drawn = windows(tokenizer_of(source), texts, seqlen, nsamples, seed=seed, chat=chat)
+    return Calibration(drawn.tokens, drawn.facts, (*notes, *drawn.notes))
 
 
 def _given(tokens: Tensor) -> Calibration:
-    if tokens.dim() != MATRIX or tokens.numel() == 0:
+    if tokens.dim() != _MATRIX or tokens.numel() == 0:
         raise Refused(f"calibration tokens have shape {tuple(tokens.shape)}", fix="pass ids of shape samples × length")
     facts = {"source": "token ids", "windows": tokens.shape[0], "window": tokens.shape[1], "tokens": tokens.numel()}
     return Calibration(tokens.long(), facts)
+
+
+def _own_words(
+    source: Checkpoint, tokens: int, seed: int, progress: Callable[[str, int, int, str], None]
+) -> tuple[Text | None, tuple[Note, ...]]:
+    """Text the model writes itself, or a note why there is none."""
+    from bitmill.calibrate.sample import sample_text
+
+    try:
+        return sample_text(source, tokens=tokens, seed=seed, progress=progress), ()
+    except Refused as refusal:
+        note = Note("calibration", "default mixture", f"no text of the model's own: {refusal.what}")
+        return None, (note,)
