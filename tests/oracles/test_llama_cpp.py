@@ -1,0 +1,112 @@
+"""llama.cpp itself reads what we write: the same token ids, and the logits of our own dequantized weights.
+
+llama.cpp multiplies quantized weights with activations rounded to 8 bits, so that their logits agree only to
+that noise; single-precision files agree to rounding.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from bitmill.checkpoint.gguf_model import GgufCheckpoint
+from bitmill.checkpoint.safetensors import SafetensorsFolder
+from bitmill.checkpoint.tokenizer import NASTY, load_tokenizer, tokenizer_from
+from tests.test_gguf import EXTRA, LLAMA3, carried_model, embedded, logits, write
+from tests.test_tokenizer import byte_level, sentencepiece
+from tests.tiny import CONFIGS, make_model, tokens
+
+pytestmark = pytest.mark.client
+PROMPT = "The capital of France is Paris, and 12345 people wrote def f(x): return x + 1"
+
+
+def opened(path: Path) -> llama_cpp.Llama:
+    return llama_cpp.Llama(str(path), n_ctx=256, n_batch=256, logits_all=True, verbose=False, n_threads=2)
+
+
+def theirs(model: llama_cpp.Llama, ids: Sequence[int]) -> torch.Tensor:
+    model.reset()
+    model.eval(list(ids))
+    return torch.from_numpy(np.array(model.scores[: len(ids)]))
+
+
+def divergence(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Mean KL divergence of next-token distributions."""
+    return float((a.softmax(-1) * (a.log_softmax(-1) - b.log_softmax(-1))).sum(-1).mean())
+
+
+def assert_same_ids(model: llama_cpp.Llama, ours: GgufCheckpoint, without: Sequence[str] = ()) -> None:
+    tokenizer = load_tokenizer(ours)
+    marked = [t.content for t in tokenizer.added_tokens_decoder.values()]
+    for text in (*NASTY, *(f"x {m} y{m}{m}\n" for m in marked)):
+        if text and text not in without:
+            want = model.tokenize(text.encode(), add_bos=True, special=True)
+            assert tokenizer(text)["input_ids"] == want, text
+
+
+@pytest.mark.parametrize(("matrices", "most"), [("f32", 1e-4), ("q8_0", 0.01), ("q4_1", 0.02)])
+def test_the_carried_model(matrices: str, most: float, tmp_path: Path) -> None:
+    source = carried_model()
+    write(source, tmp_path / "out.gguf", matrices)
+    back, model = GgufCheckpoint(tmp_path / "out.gguf"), opened(tmp_path / "out.gguf")
+    ids = load_tokenizer(source)(PROMPT)["input_ids"]
+    ours, other = logits(back, torch.tensor([ids]))[0], theirs(model, ids)
+    assert divergence(ours, other) < most
+    assert float((ours.argmax(-1) == other.argmax(-1)).float().mean()) > 0.9
+    assert_same_ids(model, back)
+
+
+def test_the_original_file_means_what_we_read() -> None:
+    source, model = carried_model(), opened(embedded())
+    ids = load_tokenizer(source)(PROMPT)["input_ids"]
+    assert divergence(logits(source, torch.tensor([ids]))[0], theirs(model, ids)) < 0.02
+    assert_same_ids(model, source)
+
+
+def test_transformers_reads_the_original_as_we_do() -> None:
+    path = embedded()
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    values, source = model.state_dict(), carried_model()
+    for name in source.tensors:
+        assert torch.equal(values[name], source.read(name)), name
+
+
+@pytest.mark.parametrize("family", [*CONFIGS, "llama3", "linear", "untied", "wide-heads"])
+def test_every_family_from_a_folder(family: str, tmp_path: Path) -> None:
+    kinds = {
+        "llama3": {"rope_parameters": LLAMA3},
+        "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+        "wide-heads": {"head_dim": 64},
+        **EXTRA,
+    }
+    name = family if family in CONFIGS else "llama"
+    folder = make_model(tmp_path / "model", name, tied=family != "untied", **kinds.get(family, {}))
+    source = SafetensorsFolder(folder)
+    write(source, tmp_path / "out.gguf", "f32")
+    back, model = GgufCheckpoint(tmp_path / "out.gguf"), opened(tmp_path / "out.gguf")
+    ids = tokens(1, 96)[0].tolist()
+    ours, other = logits(source, torch.tensor([ids]))[0], theirs(model, ids)
+    assert float((ours - other).abs().max()) < 5e-3 * float(ours.abs().max())
+    assert_same_ids(model, back)
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "smollm", "llama-bpe", "qwen2", "tekken", "prefix", "no prefix"])
+def test_every_kind_of_tokenizer(name: str, tmp_path: Path) -> None:
+    carried = sentencepiece(name == "prefix") if "prefix" in name else byte_level(name)
+    size = len(tokenizer_from(carried, name))
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=size, tie_word_embeddings=True, **shape)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    for file, data in carried.items():
+        (tmp_path / "model" / file).write_bytes(data)
+    write(SafetensorsFolder(tmp_path / "model"), tmp_path / "out.gguf", "f16")
+    # llama.cpp does not compose characters, which Qwen's own tokenizer does.
+    apart = [t for t in NASTY if unicodedata.normalize("NFC", t) != t] if name == "qwen2" else []
+    assert_same_ids(opened(tmp_path / "out.gguf"), GgufCheckpoint(tmp_path / "out.gguf"), apart)
