@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from compare import arguments, bench
 
-NOTES = """The same 64 windows of 512 tokens of Python's manual, group 64, asymmetric, two processes one after the other.
+NOTES = """The same 64 windows of 512 tokens of Python's manual, group 64, asymmetric, one after the other.
 `seconds` is the peer's `oneshot` call alone, and all of `bitmill.quantize` with reading the model and writing
 the file. KLD in nats against the original: `docs` is the calibration's kind of text, `other` is not.
 The peer runs {batch} window(s) a batch."""

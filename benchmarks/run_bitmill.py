@@ -9,6 +9,7 @@ own figure, which leaves loading and saving out. ``--plain`` hands over no calib
 from __future__ import annotations
 
 import argparse
+import json
 import resource
 import time
 from pathlib import Path
@@ -16,7 +17,6 @@ from pathlib import Path
 STARTED = time.monotonic()
 
 import torch  # noqa: E402  (the clock starts before the imports, as a user's does)
-from ruler import write_json  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import bitmill  # noqa: E402
@@ -60,7 +60,8 @@ def main() -> None:
         "seconds_whole": time.monotonic() - STARTED,
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
-    write_json(options.out / "facts.json", facts)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

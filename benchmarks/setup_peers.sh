@@ -18,7 +18,7 @@ llamacpp() { # the tools are CMake targets in the tree that llama-cpp-python's s
     sources=$folder/llamacpp
     mkdir -p "$sources"
     [ -x "$sources/bin/llama-quantize" ] && return
-    "${PYTHON:-python3}" -m pip download --quiet --no-deps --no-build-isolation --no-binary :all: \
+    "${PYTHON:-python3}" -m pip download --quiet --no-deps --no-binary :all: \
         --dest "$sources" "llama-cpp-python==0.3.36"
     tar -xzf "$sources"/llama_cpp_python-0.3.36.tar.gz -C "$sources"
     tree=$(echo "$sources"/llama_cpp_python-0.3.36/vendor/llama.cpp)
