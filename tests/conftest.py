@@ -1,4 +1,4 @@
-"""What every test shares: two threads, no network, the embedded model, and a hypothesis that does not watch the clock."""
+"""What every test shares: two threads, no network, the embedded model, property tests without deadlines."""
 
 from __future__ import annotations
 

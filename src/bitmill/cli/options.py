@@ -1,0 +1,96 @@
+"""Arguments and options that several verbs share, with the spellings people bring from other tools."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A Hugging Face folder, a .gguf file, a hub id (org/name, org/name:Q8_0) or smollm2.",
+        show_default=False,
+    ),
+]
+Recipe = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A known name in any case (Q4_K_M, W4A16, nf4), a bare grid (int4-g64), one line "
+        "'transforms + solver : grid, options > container', or a .toml file. `bitmill recipes` lists them.",
+        show_default=False,
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "-o", "--out", "--output", "--output-dir", "--outfile",
+        help="Where the result goes: a file for gguf, a folder for the rest.", show_default=False,
+    ),
+]  # fmt: skip
+Calib = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--calib", "--dataset", "-f",
+        help="Calibration text: a .txt, .jsonl or .parquet file, or a data set's name; may be repeated, and "
+        "weighted (chat.jsonl=2). Without it, a mixture made of text that is already on this machine.",
+        show_default=False,
+    ),
+]  # fmt: skip
+Samples = Annotated[
+    int,
+    typer.Option("--nsamples", "--num-calibration-samples", min=1, help="Calibration windows."),
+]
+Length = Annotated[
+    int,
+    typer.Option("--seqlen", "--max-seq-length", min=8, help="Tokens of a calibration window."),
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Draws the windows; the same seed, the same bytes.")]
+Device = Annotated[str, typer.Option("--device", "--device-map", help="cpu or cuda.")]
+Strict = Annotated[
+    bool,
+    typer.Option("--strict", help="Refuse when a shape would force another grid than asked for."),
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--keep", "--ignore", "--exclude",
+        help="Leave these as they are: roles (head, v) or module names (lm_head, v_proj); may be repeated.",
+        show_default=False,
+    ),
+]  # fmt: skip
+Bits = Annotated[
+    int | None,
+    typer.Option(
+        "--bits", "-b", "--w-bit", "--wbits", "--q-bits", min=2, max=8,
+        help="Instead of a recipe: gptq on integers of this width.", show_default=False,
+    ),
+]  # fmt: skip
+Group = Annotated[
+    int | None,
+    typer.Option(
+        "--group-size", "--q-group-size",
+        help="With --bits: columns that share a scale; -1 is a whole row. [default: 128]", show_default=False,
+    ),
+]  # fmt: skip
+Revision = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.", show_default=False)
+]
+Text = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text", "-t",
+        help="Text to measure on: files or data sets, as for --calib. Without it, a mixture that is already "
+        "on this machine and shares no document with the default calibration.",
+        show_default=False,
+    ),
+]  # fmt: skip
+Json = Annotated[
+    bool, typer.Option("--json", help="JSON to standard output, everything else to standard error.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would be done and what it takes; write nothing.")
+]

@@ -1,0 +1,93 @@
+"""``bitmill plan``: what a recipe would do to a model, before any weight is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import prod
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bitmill.cli import say
+from bitmill.cli.options import Bits, Group, Json, Keep, Length, Model, Out, Recipe, Revision, Samples, Strict
+from bitmill.cli.wanted import wanted
+
+if TYPE_CHECKING:
+    from bitmill.core.types import Row
+    from bitmill.planning import Plan
+
+
+def plan(
+    model: Model,
+    recipe: Recipe = None,
+    out: Out = None,
+    nsamples: Samples = 128,
+    seqlen: Length = 512,
+    strict: Strict = False,
+    keep: Keep = None,
+    bits: Bits = None,
+    group_size: Group = None,
+    revision: Revision = None,
+    rows: Annotated[
+        bool, typer.Option("--rows", help="A line for every tensor, not for every kind.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Say what a recipe would do, before any weight is read.
+
+    Every tensor's grid and why, the size exact to the byte, memory and time as modelled. What cannot work is
+    refused here, with what would.
+
+        bitmill plan smollm2 Q4_K_M
+        bitmill plan ./my-model "awq + gptq : int4-g128" --rows
+    """
+    from bitmill.planning import plan as make_plan
+    from bitmill.source import open_source
+
+    source = open_source(model, revision=revision)
+    made = make_plan(
+        wanted(recipe, keep or [], bits, group_size),
+        source,
+        out,
+        nsamples=nsamples,
+        seqlen=seqlen,
+        strict=strict,
+    )
+    if json:
+        say.emit(made.to_json())
+        return
+    show(made, rows)
+
+
+def show(made: Plan, every_row: bool) -> None:
+    """The plan for a reader: headline, then a table by kind or by tensor."""
+    for line in made.headline:
+        say.result(line)
+    say.result()
+    if every_row:
+        head = ["tensor", "shape", "grid", "why"]
+        say.result(say.table(head, [[r.name, _shape(r), r.grid, _why(r)] for r in made.rows]))
+        return
+    kinds: dict[tuple[str, str, str, str], list[Row]] = {}
+    for row in made.rows:
+        kinds.setdefault((row.role, _shape(row), str(row.grid), _why(row)), []).append(row)
+    head = ["role", "tensors", "shape", "grid", "weights", "why"]
+    total = made.parameters
+    lines = [
+        [role, len(found), shape, grid, f"{sum(prod(r.shape) for r in found) / total:.1%}", why]
+        for (role, shape, grid, why), found in kinds.items()
+    ]
+    say.result(say.table(head, lines, right=(1, 4)))
+    grids = Counter({str(r.grid): 0 for r in made.rows})
+    for row in made.rows:
+        grids[str(row.grid)] += prod(row.shape)
+    said = ", ".join(f"{grid} {count / total:.1%}" for grid, count in grids.most_common())
+    say.result(f"\nof all weights: {said}")
+
+
+def _shape(row: Row) -> str:
+    return "×".join(map(str, row.shape))
+
+
+def _why(row: Row) -> str:
+    return f"{row.why}; instead of {row.fallback}" if row.fallback else row.why

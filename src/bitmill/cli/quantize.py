@@ -1,0 +1,150 @@
+"""``bitmill quantize``: make the file, then say what it cost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bitmill.cli import measure as measuring
+from bitmill.cli import plan as planned
+from bitmill.cli import say
+from bitmill.cli.options import (
+    Bits,
+    Calib,
+    Device,
+    DryRun,
+    Group,
+    Json,
+    Keep,
+    Length,
+    Model,
+    Out,
+    Recipe,
+    Revision,
+    Samples,
+    Seed,
+    Strict,
+    Text,
+)
+from bitmill.cli.progress import Teller
+from bitmill.cli.wanted import wanted
+from bitmill.core.errors import Refused
+
+if TYPE_CHECKING:
+    from bitmill.mill import Report
+
+SHOWN_NOTES = 8
+
+
+def quantize(
+    model: Model,
+    recipe: Recipe = None,
+    out: Out = None,
+    calib: Calib = None,
+    nsamples: Samples = 128,
+    seqlen: Length = 512,
+    seed: Seed = 0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put calibration text through the chat template.")
+    ] = False,
+    device: Device = "cpu",
+    keep: Keep = None,
+    bits: Bits = None,
+    group_size: Group = None,
+    strict: Strict = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume/--no-resume", "-r", help="Go on from an interrupted run of the same command."),
+    ] = True,
+    moments: Annotated[
+        Path | None,
+        typer.Option("--moments", help="Moments saved before, instead of calibrating.", show_default=False),
+    ] = None,
+    save_moments: Annotated[
+        Path | None,
+        typer.Option("--save-moments", help="Keep this run's moments for other recipes.", show_default=False),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Measure the result against the original.")
+    ] = True,
+    text: Text = None,
+    revision: Revision = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Quantize MODEL by RECIPE into OUT, and measure what it cost.
+
+    Everything that can be wrong is refused before the first weight is read. A run that is interrupted goes on
+    where it was when the same command is given again. OUT appears whole, by one rename, or not at all; beside
+    it lies the report of the run, OUT.report.json.
+
+        bitmill quantize smollm2 "gptq : q4_0, embed=q8_0" -o smollm2.gguf
+        bitmill quantize ./my-model W4A16 -o my-model-w4a16 --calib chats.jsonl --chat
+        bitmill quantize org/name --bits 4 --group-size 64 -o name-int4 --dry-run
+    """
+    from bitmill.planning import plan as make_plan
+    from bitmill.source import open_source
+
+    recipe_ = wanted(recipe, keep or [], bits, group_size)
+    if out is None and not dry_run:
+        raise Refused("no output is named", fix="add -o, for example: -o out.gguf")
+    source = open_source(model, revision=revision)
+    calibrated = bool(calib) or moments is not None
+    made = make_plan(
+        recipe_, source, out, nsamples=nsamples, seqlen=seqlen, strict=strict, calibrated=calibrated
+    )
+    if dry_run:
+        say.emit(made.to_json()) if json else planned.show(made, every_row=False)
+        return
+    assert out is not None
+    for line in made.headline:
+        say.note(line)
+    from bitmill import mill
+
+    with Teller() as teller:
+        report = mill.quantize(
+            source,
+            recipe_,
+            out,
+            calib=calib or None,
+            nsamples=nsamples,
+            seqlen=seqlen,
+            seed=seed,
+            chat=chat,
+            device=device,
+            moments=moments,
+            save=save_moments,
+            force=force,
+            strict=strict,
+            resume=resume,
+            progress=teller,
+        )
+    if not json:
+        _say(report)
+    account = measuring.account(str(out), model, text, device, revision) if measure else None
+    if json:
+        say.emit({**report.to_json(), "measurement": None if account is None else account.to_json()})
+    elif account is not None:
+        say.result()
+        measuring.show(account)
+    measuring.verdict(account)
+
+
+def _say(report: Report) -> None:
+    calibration: Mapping[str, Any] = report.calibration
+    if calibration:
+        said = ", ".join(
+            f"{key} {value}" for key, value in calibration.items() if isinstance(value, int | str)
+        )
+        say.note(f"calibration: {say.shortened(said, 200)}")
+    kinds = Counter(note.kind for note in report.notes)
+    first = {note.kind: note for note in reversed(report.notes)}
+    for kind, count in kinds.most_common(SHOWN_NOTES):
+        more = f" (and {count - 1} more of this kind)" if count > 1 else ""
+        say.note(f"note: {first[kind].where}: {first[kind].text}{more}")
+    say.result(f"{report.path}: {report.bytes_:,} bytes in {say.duration(report.seconds)}")

@@ -1,0 +1,72 @@
+"""From the words of a command line to a recipe: names, widths and what to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from bitmill.core.errors import BadRecipe
+
+if TYPE_CHECKING:
+    from bitmill.recipe import Recipe
+
+MODULES = {
+    "embed_tokens": "embed",
+    "lm_head": "head",
+    "output": "head",
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "o_proj": "o",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+}
+"""Module names people know, and the role each stands for."""
+
+
+def wanted(
+    text: str | None, keep: Sequence[str], bits: int | None = None, group: int | None = None
+) -> Recipe:
+    """The recipe that a command line asks for.
+
+    Args:
+        text: the recipe argument, if it was given.
+        keep: roles or module names to leave as they are, each may list several with ``,`` or ``+``.
+        bits, group: ``--bits`` and ``--group-size``, which stand for a recipe.
+
+    Raises:
+        BadRecipe: nothing, or two things, were asked for; or what was asked for does not exist.
+    """
+    from dataclasses import replace
+
+    from bitmill.recipe import parse
+
+    if text is None and bits is None:
+        raise BadRecipe("no recipe is given", fix="for example Q4_K_M; `bitmill recipes` lists what there is")
+    if text is not None and (bits is not None or group is not None):
+        raise BadRecipe(
+            f"{text!r} and --bits or --group-size are two answers to one question",
+            fix="say the width in the recipe: gptq : int4-g64",
+        )
+    if text is None:
+        text = f"gptq : int{bits}-{'channel' if group == -1 else f'g{group or 128}'}"
+    recipe = parse(text)
+    names = [part.strip() for word in keep for part in word.replace("+", ",").split(",") if part.strip()]
+    roles = _roles(names)
+    return replace(recipe, keep=tuple(dict.fromkeys((*recipe.keep, *roles)))) if roles else recipe
+
+
+def _roles(names: Sequence[str]) -> list[str]:
+    from bitmill.recipe import ROLES
+
+    found = []
+    for name in names:
+        role = MODULES.get(name.lower().replace("-", "_"), name.lower())
+        if role not in ROLES:
+            raise BadRecipe(
+                f"--keep {name!r} is neither a role nor a module name",
+                fix=f"one of: {', '.join([*ROLES, *MODULES])}",
+            )
+        found.append(role)
+    return found
