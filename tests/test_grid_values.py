@@ -1,4 +1,4 @@
-"""Values and codes of single grids against arithmetic done another way: torch's casts, brute force, formulas."""
+"""Values and codes of single grids against arithmetic done another way: torch's casts, brute force."""
 
 from __future__ import annotations
 

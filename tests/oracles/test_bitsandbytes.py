@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bitmill.core.registry import parse_grid
+from bitmill.core.types import Params
 from bitmill.numerics.floats import dynamic_map
 
 
@@ -23,6 +24,18 @@ def _weight(seed: int, out: int, columns: int) -> Tensor:
 def _packed(codes: Tensor) -> Tensor:
     flat = codes.reshape(-1)
     return (flat[0::2] << 4) | flat[1::2]
+
+
+def _same_but_for_middles(params: Params, w: Tensor, theirs: Tensor) -> None:
+    code, table = params["absmax_code"].reshape(-1), dynamic_map()
+    outer = params["absmax_scale"].repeat_interleave(256)[: len(code)]
+    x = (w.reshape(-1, 64).abs().amax(1) - params["absmax_offset"]) / outer
+    off = code != theirs
+    assert float(off.double().mean()) < 0.01
+    middles = (table[code[off].int()] + table[theirs[off].int()]) / 2
+    assert bool(((x[off] - middles).abs() < 2.0**-16).all())
+    nearer = (x - table[code.int()]).abs() - (x - table[theirs.int()]).abs()
+    assert bool((nearer <= 1e-7).all())
 
 
 def test_the_dynamic_map_is_theirs():
@@ -49,17 +62,20 @@ def test_bytes_and_block_scales(name: str, width: int, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
-@pytest.mark.parametrize("shape", [(48, 768), (7, 64), (130, 512), (300, 64)], ids=str)
+@pytest.mark.parametrize("shape", [(48, 768), (7, 64), (130, 512), (300, 64), (1024, 1024)], ids=str)
 def test_double_quantization(name: str, shape: tuple[int, int]):
-    """Scales are theirs, codes are nearest to what the stored scale expresses (theirs, to the scale before
-    it was stored), so the error is no larger."""
+    """Outer scales and offset are theirs. So are the codes of block scales, but for a few that lie within
+    one part in 65536 of the middle between two, where their CPU kernel rounds through a coarse table and ours
+    is the nearer. Codes of weights are nearest to what the stored scale expresses (theirs, to the scale
+    before it was stored), so the error is no larger."""
     w = _weight(9, *shape)
     theirs, state = bnb.quantize_4bit(w, blocksize=64, quant_type=name, compress_statistics=True)
     ours = parse_grid(f"{name}-b64-dq").round(w)
-    assert torch.equal(ours.params["absmax_code"].reshape(-1), state.absmax)
+    _same_but_for_middles(ours.params, w, state.absmax)
     assert torch.equal(ours.params["absmax_scale"], state.state2.absmax)
     assert torch.equal(ours.params["absmax_offset"], state.offset)
     back = bnb.dequantize_4bit(theirs, state)
     assert float((ours.dense() - w).norm()) <= float((back - w).norm())
+    state.absmax = ours.params["absmax_code"].reshape(-1)
     mine = bnb.dequantize_4bit(_packed(ours.codes)[:, None], state)
     assert torch.equal(mine, ours.dense())

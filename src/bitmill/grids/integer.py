@@ -34,10 +34,10 @@ _SCALES = {"auto": "f16", "f16": "f16", "bf16": "bf16", "f32": "f32"}
 class Integer(AffineGrid):
     """Values ``scale · (code - zero)`` for codes ``0 … 2**bits - 1``.
 
-    Codes are uint8 ``out in``. Parameters: ``scale`` float32 ``out groups`` (``1 1`` for a whole tensor) and,
-    unless symmetric, ``zero`` of the same shape: whole numbers for ``asym``, real ones for ``fz``. A symmetric
-    zero is ``2**(bits - 1)`` and not stored. Scales are positive by the plain rule; the weighted fit may make a
-    symmetric one of up to 5 bits negative, which puts the extra level on the positive side.
+    Codes are uint8 ``out in``. Parameters: ``scale`` float32 ``out groups`` (``1 1`` for a whole tensor)
+    and, unless symmetric, ``zero`` of the same shape: whole numbers for ``asym``, real ones for ``fz``. A
+    symmetric zero is ``2**(bits - 1)`` and not stored. Scales are positive by the plain rule; the weighted
+    fit may make a symmetric one of up to 5 bits negative, which puts the extra level on the positive side.
 
     Attributes:
         bits: 2 to 8.
@@ -76,7 +76,7 @@ class Integer(AffineGrid):
 
     @classmethod
     def parse(cls, text: str) -> Integer | None:
-        """``int4-g64-asym``, ``int8-channel-sym-sbf16``, ``int4-g128-asym-z1``; without a zero it is ``sym``."""
+        """``int4-g64-asym``, ``int8-channel-sym-sf32``, ``int4-g128-asym-z1``; ``sym`` when left open."""
         found = _TEXT.fullmatch(text)
         if found is None:
             return None

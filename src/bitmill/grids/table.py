@@ -1,5 +1,5 @@
-"""Sixteen fixed levels times the largest magnitude of a block: NormalFloat and FP4 of bitsandbytes, with 8-bit
-block scales where asked (Dettmers et al., "QLoRA", arXiv 2305.14314)."""
+"""Sixteen fixed levels times the largest magnitude of a block: NormalFloat and FP4 of bitsandbytes, with
+8-bit block scales where asked (Dettmers et al., "QLoRA", arXiv 2305.14314)."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Table(ScalarGrid):
 
     @classmethod
     def examples(cls) -> tuple[Table, ...]:
-        cubic = tuple((k / 7.5 - 1) ** 3 * 0.5 + (k / 7.5 - 1) * 0.5 for k in range(16))
+        cubic = tuple(round(x / 2 + x**3 / 2, 2) for x in (k / 7.5 - 1 for k in range(16)))
         return (cls(_NF4), cls(_NF4, 64, True), cls(_FP4), cls(_FP4, 128, True), cls(cubic, 32))
 
     def __str__(self) -> str:

@@ -1,22 +1,23 @@
-"""The E8P codebook of QuIP# (Tseng et al., arXiv 2402.04396): 65536 points of the shifted E8 lattice in 16 bits.
+"""The E8P codebook of QuIP# (Tseng et al., arXiv 2402.04396): 65536 points of the shifted E8 lattice.
 
 A point is a vector of half-integers with an even sum, moved by +1/4 or by -1/4 in all eight coordinates. The
-magnitudes of the half-integers are one of 256 patterns: the 227 whose squared norm is at most 10, and 29 of the
-56 of squared norm 12 made of five 3/2 and three 1/2. Code: the pattern in the high byte, signs in the low one;
-an odd number of ones in the low byte means the shift -1/4 and is undone in bit 0.
+magnitudes of the half-integers are one of 256 patterns: the 227 whose squared norm is at most 10, and 29 of
+the 56 of squared norm 12 made of five 3/2 and three 1/2. A code has the pattern in the high byte and signs in
+the low one; an odd number of ones in the low byte means the shift -1/4 and is undone in bit 0.
 """
 
 from __future__ import annotations
 
 from functools import cache
 from itertools import combinations, product
+from typing import Any
 
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
-from bitmill.numerics.search import by_rows
+from bitmill.numerics.search import Array, Real, by_rows
 
 _POWERS = tuple(3**i for i in range(8))
 
@@ -25,8 +26,8 @@ _POWERS = tuple(3**i for i in range(8))
 def patterns() -> Tensor:
     """Magnitudes of the 256 patterns, ``256 8`` float32. Not to be written to.
 
-    The 227 short ones come in lexicographic order. Of the 56 long ones, ordered by the positions of their 1/2,
-    every second and the last are taken: an even spread over the coordinates, chosen here.
+    The 227 short ones come in lexicographic order. Of the 56 long ones, ordered by the positions of their
+    1/2, every second and the last are taken: an even spread over the coordinates, chosen here.
     """
     short = [p for p in product((0.5, 1.5, 2.5), repeat=8) if sum(x * x for x in p) <= 10]
     triples = list(combinations(range(8), 3))
@@ -72,7 +73,7 @@ def encode(points: Tensor) -> Tensor:
 
 
 @njit(nogil=True, cache=True)
-def _short(size, order, uneven, place):  # type: ignore[no-untyped-def]
+def _short(size: Array, order: Array, uneven: int, place: Array) -> Any:
     """Best of the seven classes: ``(|y|² - distance², pattern)``."""
     dot, key = np.float32(0.0), 0
     for i in range(8):
@@ -97,7 +98,7 @@ def _short(size, order, uneven, place):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _long(size, order, uneven, sizes, best, pattern):  # type: ignore[no-untyped-def]
+def _long(size: Array, order: Array, uneven: int, sizes: Array, best: Real, pattern: int) -> Any:
     """Whether one of the 29 long patterns, whose sum is odd, is better than ``best``."""
     bound = np.float32(0.0)
     for i in range(8):
@@ -117,7 +118,7 @@ def _long(size, order, uneven, sizes, best, pattern):  # type: ignore[no-untyped
 
 
 @njit(nogil=True, cache=True)
-def _nearest(first, last, x, sizes, place, codes):  # type: ignore[no-untyped-def]
+def _nearest(first: int, last: int, x: Array, sizes: Array, place: Array, codes: Array) -> None:
     size, order = np.empty(8, np.float32), np.empty(8, np.int64)
     for n in range(first, last):
         closest = np.inf
@@ -145,7 +146,7 @@ def _nearest(first, last, x, sizes, place, codes):  # type: ignore[no-untyped-de
 
 
 @njit(nogil=True, cache=True)
-def _signs(size, magnitudes, signs, uneven):  # type: ignore[no-untyped-def]
+def _signs(size: Array, magnitudes: Array, signs: int, uneven: int) -> Any:
     """The low byte before the shift: the point's signs, one flipped where the parity asks for it."""
     total, weakest = np.float32(0.0), 0
     for i in range(8):

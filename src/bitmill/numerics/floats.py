@@ -1,8 +1,8 @@
 """Small floating-point numbers, bit for bit: FP8, FP6 and FP4 elements and the E8M0 power of two.
 
 Open Compute Project, "Microscaling Formats (MX) Specification" v1.0, and Micikevicius et al., "FP8 Formats
-for Deep Learning", arXiv 2209.05433. Rounding is to nearest, ties to the even code; what is beyond the largest
-number becomes the largest number.
+for Deep Learning", arXiv 2209.05433. Rounding is to nearest, ties to the even code; what is beyond the
+largest number becomes the largest number.
 """
 
 from __future__ import annotations

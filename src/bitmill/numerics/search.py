@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,10 @@ from numba import njit
 from torch import Tensor
 
 from bitmill.numerics.floats import Element
+
+Array = np.ndarray[Any, Any]
+Real = float | np.floating[Any]
+Precision = tuple[int, int, float]
 
 SYMMETRIC, INTEGER_ZERO, REAL_ZERO = 0, 1, 2
 
@@ -133,7 +138,7 @@ def search_scale(w: Tensor, u: Tensor, scales: Tensor, element: Element | Tensor
 
 
 @njit(nogil=True, cache=True)
-def _rounded(x: float, precision: tuple[int, int, float]) -> np.float32:
+def _rounded(x: Real, precision: Precision) -> Any:
     """``x`` to the nearest number with that many significant bits; what :func:`stored` does, one number."""
     bits, low, high = precision
     size = min(max(abs(x), 2.0**low), high)
@@ -144,7 +149,7 @@ def _rounded(x: float, precision: tuple[int, int, float]) -> np.float32:
 
 
 @njit(nogil=True, cache=True, fastmath=True)
-def _affine_error(v, u, scale, zero, top) -> float:  # type: ignore[no-untyped-def]
+def _affine_error(v: Array, u: Array, scale: Real, zero: Real, top: int) -> Any:
     total = 0.0
     inverse = np.float32(1.0) / scale
     high = np.float32(top)
@@ -159,7 +164,9 @@ def _affine_error(v, u, scale, zero, top) -> float:  # type: ignore[no-untyped-d
 
 
 @njit(nogil=True, cache=True)
-def _affine_refit(v, u, scale, zero, top, kind, floor, precision):  # type: ignore[no-untyped-def]
+def _affine_refit(
+    v: Array, u: Array, scale: Real, zero: Real, top: int, kind: int, floor: int, precision: Precision
+) -> Any:
     """Least squares for the codes that ``scale`` and ``zero`` give; the old pair where it is singular."""
     su = suq = suqq = suw = suwq = 0.0
     for i in range(v.shape[0]):
@@ -193,7 +200,17 @@ def _affine_refit(v, u, scale, zero, top, kind, floor, precision):  # type: igno
 
 
 @njit(nogil=True, cache=True)
-def _affine_block(v, u, scale, zero, factors, top, kind, floor, precision):  # type: ignore[no-untyped-def]
+def _affine_block(
+    v: Array,
+    u: Array,
+    scale: Real,
+    zero: Real,
+    factors: Array,
+    top: int,
+    kind: int,
+    floor: int,
+    precision: Precision,
+) -> Any:
     best, best_scale, best_zero = _affine_error(v, u, scale, zero, top), scale, zero
     if best == 0.0:
         return scale, zero
@@ -223,9 +240,19 @@ def _affine_block(v, u, scale, zero, factors, top, kind, floor, precision):  # t
 
 
 @njit(nogil=True, cache=True)
-def _affine_rows(  # type: ignore[no-untyped-def]
-    first, last, values, weights, scales, zeros, factors, top, kind, floor, precision
-):
+def _affine_rows(
+    first: int,
+    last: int,
+    values: Array,
+    weights: Array,
+    scales: Array,
+    zeros: Array,
+    factors: Array,
+    top: int,
+    kind: int,
+    floor: int,
+    precision: Precision,
+) -> None:
     width = values.shape[1] // scales.shape[1]
     for row in range(first, last):
         u = weights[row if weights.shape[0] > 1 else 0]
@@ -245,7 +272,9 @@ def _affine_rows(  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, fastmath=True)
-def _float_error(v, u, scale, mantissa, lowest, largest, quanta) -> float:  # type: ignore[no-untyped-def]
+def _float_error(
+    v: Array, u: Array, scale: Real, mantissa: int, lowest: int, largest: Real, quanta: Array
+) -> Any:
     """``quanta`` is scratch: the spacing of the numbers at each value, by arithmetic on exponent bits."""
     total = 0.0
     inverse = np.float32(1.0) / scale
@@ -270,9 +299,17 @@ def _float_error(v, u, scale, mantissa, lowest, largest, quanta) -> float:  # ty
 
 
 @njit(nogil=True, cache=True)
-def _float_rows(  # type: ignore[no-untyped-def]
-    first, last, values, weights, candidates, best, mantissa, lowest, largest
-):
+def _float_rows(
+    first: int,
+    last: int,
+    values: Array,
+    weights: Array,
+    candidates: Array,
+    best: Array,
+    mantissa: int,
+    lowest: int,
+    largest: Real,
+) -> None:
     blocks = candidates.shape[1]
     width = values.shape[1] // blocks
     quanta = np.empty(_CHUNK, np.float32)
@@ -290,7 +327,7 @@ def _float_rows(  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, fastmath=True)
-def _level_error(v, u, scale, levels, middles) -> float:  # type: ignore[no-untyped-def]
+def _level_error(v: Array, u: Array, scale: Real, levels: Array, middles: Array) -> Any:
     """The nearest of 16 levels by a binary search without branches, which vectorizes."""
     total = 0.0
     inverse = np.float32(1.0) / scale
@@ -310,9 +347,16 @@ def _level_error(v, u, scale, levels, middles) -> float:  # type: ignore[no-unty
 
 
 @njit(nogil=True, cache=True)
-def _level_rows(  # type: ignore[no-untyped-def]
-    first, last, values, weights, candidates, best, levels, middles
-):
+def _level_rows(
+    first: int,
+    last: int,
+    values: Array,
+    weights: Array,
+    candidates: Array,
+    best: Array,
+    levels: Array,
+    middles: Array,
+) -> None:
     blocks = candidates.shape[1]
     width = values.shape[1] // blocks
     for row in range(first, last):
