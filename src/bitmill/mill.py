@@ -150,7 +150,12 @@ def quantize(
         return finished
     walk = Walk(made, source, space, tell, calibration, known, device, save is not None)
     try:
-        report = walk.run(identity, resume, started)
+        done = space.open(identity, resume)
+    except BitmillError:
+        space.close()  # another run's folder, or another recipe's: not ours to clear
+        raise
+    try:
+        report = walk.run(identity, done, started)
         if save is not None:
             moments_facts = {"source": source.digest, **{k: str(v) for k, v in calibration.facts.items()}}
             save_moments(Path(save), walk.kept_moments, moments_facts)
@@ -240,9 +245,8 @@ class Walk:
         self.notes += self.calibration.notes
         self._sample: dict[str, tuple[str, Tensor]] = {}
 
-    def run(self, identity: Mapping[str, Any], resume: bool, started: float) -> Report:
+    def run(self, identity: Mapping[str, Any], done: Sequence[Mapping[str, Any]], started: float) -> Report:
         """Every unit that is not done yet; the report of all of them."""
-        done = self.space.open(identity, resume)
         for record in done:
             self._recall(record)
         if done:
