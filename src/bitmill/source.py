@@ -1,4 +1,4 @@
-"""One text to one open checkpoint: a folder, a GGUF file, a hub id, or the small model that comes as a package."""
+"""One text to one open checkpoint: a folder, a GGUF file, a hub id, or the model that is a package."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def embedded_model() -> Path:
 
 
 def _known(checkpoint: Checkpoint) -> Checkpoint:
-    """``checkpoint``, once transformers is sure to know its architecture: code in a model folder is never run."""
+    """``checkpoint``, once transformers knows its architecture: code in a model folder is never run."""
     kind = checkpoint.config.get("model_type")
     if isinstance(kind, str) and kind in CONFIG_MAPPING:
         return checkpoint

@@ -1,4 +1,4 @@
-"""Any bytes at all: a safetensors header is either refused as a bad file or read exactly as the library reads it."""
+"""Any bytes at all: a safetensors header is refused as a bad file, or read as the library reads it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A Hugging Face model folder as files: which may be read, the configuration, and what travels with the model.
+"""A Hugging Face model folder as files: which may be read, the configuration, what travels with the model.
 
-A folder may come from anybody: JSON is capped and parsed strictly, and no name in it, nor a link it holds, may lead
-outside of it.
+A folder may come from anybody: JSON is capped and parsed strictly, and no name in it, nor a link it holds,
+may lead outside of it.
 """
 
 from __future__ import annotations
@@ -131,7 +131,8 @@ def weight_files(folder: Path) -> tuple[tuple[Path, ...], Mapping[str, str]]:
         raise Refused(
             "the folder holds an adapter, not a model",
             where=str(folder),
-            fix="merge it first: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)",
+            fix="merge it first: "
+            "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)",
         )
     if len(found) == 1:
         return (inside(folder, found[0]),), {}

@@ -1,7 +1,8 @@
-"""Safetensors folders, read lazily: nothing in a header is believed before it adds up to the bytes of the file.
+"""Safetensors folders, read lazily: nothing in a header is believed before it adds up to the file's bytes.
 
-The checks are those of the safetensors specification (exact tiling, no holes, no trailing bytes), made here so that a
-refusal names the file and the tensor; the reading itself is the safetensors library's, which maps the file.
+The checks are those of the safetensors specification (exact tiling, no holes, no trailing bytes), made here
+so that a refusal names the file and the tensor; the reading itself is the safetensors library's, which maps
+the file.
 """
 
 from __future__ import annotations
@@ -243,8 +244,8 @@ class TensorFolder:
 class SafetensorsFolder(Checkpoint):
     """A Hugging Face folder of dense weights.
 
-    Tensors of whole numbers or booleans (position ids, masks) are buffers that a runtime computes itself; they are
-    left out. An ``lm_head.weight`` that repeats a tied embedding byte for byte is left out too.
+    Tensors of whole numbers or booleans (position ids, masks) are buffers that a runtime computes itself;
+    they are left out. An ``lm_head.weight`` that repeats a tied embedding byte for byte is left out too.
 
     Raises:
         Refused: no model, pickled weights, weights that are already quantized.
@@ -312,7 +313,7 @@ def dense_facts(folder: TensorFolder, config: Mapping[str, Any]) -> dict[str, Te
     for record in folder.records.values():
         if record.dtype.startswith("F8"):
             raise BadFile(
-                f"tensor {record.name!r} holds {record.dtype} numbers, and config.json does not say how they are scaled",
+                f"tensor {record.name!r} holds {record.dtype} numbers, and config.json does not scale them",
                 where=str(record.path),
             )
         if record.dtype in DENSE:
@@ -325,8 +326,8 @@ def dense_facts(folder: TensorFolder, config: Mapping[str, Any]) -> dict[str, Te
 
 
 def settled_config(config: Mapping[str, Any], facts: Mapping[str, TensorFacts]) -> dict[str, Any]:
-    """``config`` with ``tie_word_embeddings`` as the file shows it: a class default is not written by everybody,
-    and a head with values of its own is not tied."""
+    """``config`` with ``tie_word_embeddings`` as the file shows it: a class default is not written by
+    everybody, and a head with values of its own is not tied."""
     settled = dict(config)
     if "model.embed_tokens.weight" in facts:
         has_head = "lm_head.weight" in facts

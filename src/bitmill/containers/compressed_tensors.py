@@ -205,7 +205,7 @@ def _refuse_precision(groups: Mapping[Grid, Sequence[str]], dtype: str) -> None:
     for grid, modules in groups.items():
         if str(grid) in _SMALL and dtype != "bfloat16":
             raise Refused(
-                f"readers of compressed-tensors decode {grid} to bfloat16, and the rest of the model is {dtype}",
+                f"readers decode {grid} to bfloat16, and the rest of this model is {dtype}",
                 where=modules[0],
                 fix="add dtype=bf16 to the recipe",
             )

@@ -1,7 +1,7 @@
-"""GPTQ folders, version 1: what AutoGPTQ and GPTQModel write and vLLM, SGLang, ExLlama and transformers load.
+"""GPTQ folders, version 1: what GPTQModel writes and vLLM, SGLang, ExLlama and transformers load.
 
-Codes are packed down the input rows, zero points along the outputs and stored minus one (Frantar et al., arXiv
-2210.17323; the layout is AutoGPTQ's).
+Codes are packed down the input rows, zero points along the outputs and stored minus one (Frantar et al.,
+arXiv 2210.17323; the layout is AutoGPTQ's).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bitmill.checkpoint.hf_folder import read_config
-from bitmill.checkpoint.packed_folder import Packed, PackedFolder, quantization_config
+from bitmill.checkpoint.packed_folder import Packed, PackedFolder, check_parts, quantization_config
 from bitmill.checkpoint.patterns import patterns
 from bitmill.checkpoint.safetensors import DENSE, TensorFolder
 from bitmill.checkpoint.safetensors_write import (
@@ -66,7 +66,7 @@ class Gptq(Container):
         if grid.zero == "fz":
             return "its zero points are whole numbers: say -asym, or write > bitmill"
         if grid.bits not in _BITS or grid.group not in _GROUPS:
-            return f"its kernels know 2, 3, 4 and 8 bits in groups of 16 to 1024 or a channel; > compressed-tensors has {grid}"
+            return f"it has 2, 3, 4 or 8 bits by groups of 16 to 1024 or by channel, not {grid}"
         if role not in LINEAR_ROLES:
             return f"its readers take only the layers of the blocks quantized, not the {role}"
         if grid.refuses(shape) is not None:
@@ -225,13 +225,7 @@ def _packed(folder: TensorFolder, module: str, bits: int, second: bool) -> Packe
     if f"{module}.g_idx" in folder.records:
         wanted[f"{module}.g_idx"] = ("I32", (columns,))
         names.append(f"{module}.g_idx")
-    for name, planned in wanted.items():
-        record = folder.record(name)
-        if (record.dtype, record.shape) != planned:
-            raise BadFile(
-                f"{name!r} is {record.dtype} {list(record.shape)} and must be {planned[0]} {list(planned[1])}",
-                where=str(record.path),
-            )
+    check_parts(folder, wanted)
     parts = partial(_read, folder, module, bits, second)
     return Packed(
         (out, columns),

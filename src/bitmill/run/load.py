@@ -1,0 +1,76 @@
+"""Any checkpoint as a transformers model with dense weights: for sampling from it, and for checking it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from bitmill.checkpoint.tokenizer import load_tokenizer
+from bitmill.core.axes import Checkpoint
+from bitmill.core.errors import BadFile, Refused
+from bitmill.source import open_source
+
+_PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+
+
+def load(
+    model: str | Path | Checkpoint, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The model and its tokenizer, whatever it is stored in; every weight is decoded and held in ``dtype``.
+
+    Args:
+        model: anything :func:`~bitmill.source.open_source` takes, or an open checkpoint.
+        dtype: of weights and computation.
+
+    Raises:
+        Refused: it cannot be opened, or is not a causal language model that transformers knows.
+        BadFile: weights and config.json do not belong together.
+    """
+    checkpoint = model if isinstance(model, Checkpoint) else open_source(str(model))
+    return load_model(checkpoint, dtype), load_tokenizer(checkpoint)
+
+
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model alone; see :func:`load`. No code of the model folder is run."""
+    facts = {
+        k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "auto_map", "dtype")
+    }
+    kind = str(facts.pop("model_type", ""))
+    try:
+        config = AutoConfig.for_model(kind, **facts)
+        family = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except (ValueError, KeyError) as error:
+        raise Refused(
+            f"transformers knows no causal language model {kind!r}", where=f"{checkpoint.path}: model_type"
+        ) from error
+    weights = {name: checkpoint.read(name).to(dtype) for name in checkpoint.tensors}
+    made, found = family.from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+    )
+    _check(found, checkpoint)
+    text = checkpoint.carried.get("generation_config.json")
+    if text is not None:
+        made.generation_config = GenerationConfig.from_dict(json.loads(text))
+    return made.eval()
+
+
+def _check(found: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    for problem in _PROBLEMS:
+        names = sorted(str(name) for name in found.get(problem) or ())
+        if names:
+            raise BadFile(
+                f"{len(names)} {problem.replace('_', ' ')}, the first is {names[0]}",
+                where=str(checkpoint.path),
+                fix="config.json and the weights do not belong together",
+            )
