@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bitmill.calibrate import sample
 from bitmill.calibrate.corpus import (
     EVALUATION_KINDS,
     Text,
@@ -17,8 +18,9 @@ from bitmill.calibrate.corpus import (
     load_texts,
 )
 from bitmill.calibrate.windows import overlap, sketch, start_token, token_ids, tokens_sha256, windows
+from bitmill.checkpoint.safetensors import SafetensorsFolder
 from bitmill.core.errors import Refused
-from tests.tiny import tokenizer
+from tests.tiny import make_model, tokenizer
 
 
 def words(name: str, count: int, weight: float = 1.0) -> Text:
@@ -134,3 +136,41 @@ def test_names_that_are_nothing_are_refused(tmp_path: Path) -> None:
             load_text(name)
     with pytest.raises(Refused, match="no text was named"):
         load_texts([])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> SafetensorsFolder:
+    return SafetensorsFolder(make_model(tmp_path_factory.mktemp("sampled") / "tiny"))
+
+
+def test_sampled_text_is_the_models_own_seeded_and_kept(tiny: SafetensorsFolder, tmp_path: Path) -> None:
+    said: list[int] = []
+    first = sample.sample_text(
+        tiny, tokens=1000, seed=1, cache=tmp_path, progress=lambda _, done, total, __: said.append(done)
+    )
+    assert len(first.documents) == 4 and said[-1] == 1024 and said == sorted(said)
+    assert sum(d.startswith("<|im_start|>user\n") for d in first.documents) == 1
+    assert sum(d.startswith("<|endoftext|>") for d in first.documents) == 3
+    kept = next(tmp_path.glob("*.json"))
+    stamp = kept.stat().st_mtime_ns
+    assert sample.sample_text(tiny, tokens=1000, seed=1, cache=tmp_path).sha256 == first.sha256
+    assert kept.stat().st_mtime_ns == stamp
+    kept.write_text(kept.read_text(encoding="utf-8").replace("a", "b", 50), encoding="utf-8")
+    assert sample.sample_text(tiny, tokens=1000, seed=1, cache=tmp_path).sha256 == first.sha256
+    assert sample.sample_text(tiny, tokens=1000, seed=2, cache=tmp_path).sha256 != first.sha256
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0, -torch.inf]).repeat(20_000, 1)
+    drawn = sample._drawn(logits, torch.Generator().manual_seed(0))
+    found = torch.bincount(drawn[:, 0], minlength=4) / 20_000
+    assert torch.allclose(found, torch.softmax(logits[0], 0), atol=0.015) and found[3] == 0
+
+
+def test_a_model_too_large_to_sample_falls_back_to_what_python_carries(
+    tiny: SafetensorsFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample, "CPU_WORK", 1.0)
+    texts, notes = sample.calibration_texts(tiny, cache=tmp_path)
+    assert [t.kind for t in texts] == ["docs", "code", "markdown"]
+    assert notes[0].kind == "corpus" and "hours" in notes[0].text

@@ -1,0 +1,254 @@
+"""Text sampled from the model itself: calibration data for any model, without a network and without a corpus.
+
+Data-free calibration as in LLM-QAT (Liu et al. 2023, arXiv 2305.17888): a random first token, then the
+model's own distribution at temperature 1. A quarter goes through the chat template: the template's opening,
+then a user's turn and an answer that the model makes up. Of all one-kind calibrations it costs the least on
+text of other kinds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from bitmill.calibrate.corpus import Text, default_calibration
+from bitmill.calibrate.stream import _assign, _empty_model
+from bitmill.calibrate.windows import start_token, tokenizer_of
+from bitmill.core.axes import Checkpoint
+from bitmill.core.errors import BadFile, Refused
+from bitmill.core.types import Note
+
+Progress = Callable[[str, int, int, str], None]
+
+VERSION = 1  # of the sampling procedure: part of the cache's key
+TOKENS = 32768
+DOCUMENT = (
+    256  # tokens: the key-value cache is what grows with length, and 128 short texts are more varied than 64
+)
+BATCH = 128
+CHAT_SHARE = 0.25
+CPU_WORK = 1e14  # operations: a quarter of an hour on two cores
+_SMALL = 1_000_000_000  # parameters that still fit in float32
+_MARK = "\u241e"
+_SEPARATORS = ("<|endoftext|>", "<|end_of_text|>")
+
+
+def calibration_texts(
+    checkpoint: Checkpoint,
+    *,
+    tokens: int = TOKENS,
+    seed: int = 0,
+    device: str = "cpu",
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[tuple[Text, ...], tuple[Note, ...]]:
+    """The default mixture for a model, and a note when the model is too large to speak for itself."""
+    try:
+        said = sample_text(
+            checkpoint, tokens=tokens, seed=seed, device=device, cache=cache, progress=progress
+        )
+    except Refused as refusal:
+        note = Note("corpus", "calibration", f"without text of the model's own: {refusal.what}")
+        return default_calibration(None), (note,)
+    return default_calibration(said), ()
+
+
+def sample_text(
+    checkpoint: Checkpoint,
+    *,
+    tokens: int = TOKENS,
+    seed: int = 0,
+    device: str = "cpu",
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> Text:
+    """About ``tokens`` tokens of the model's own text, in documents of 256; the same for the same arguments.
+
+    Args:
+        cache: folder where texts are kept by model; the user's cache folder unless given.
+        progress: called as ``progress("sample", done, total, text)``.
+
+    Raises:
+        Refused: the model does not fit in memory, or would take hours on this device.
+    """
+    key = hashlib.sha256(f"{VERSION}:{checkpoint.digest}:{tokens}:{seed}".encode()).hexdigest()[:32]
+    file = (cache or _cache_folder()) / f"{key}.json"
+    documents = _remembered(file)
+    if documents is None:
+        _refuse_too_large(checkpoint, tokens, device)
+        documents = _sampled(checkpoint, tokens, seed, device, progress or (lambda *_: None))
+        _remember(file, documents)
+    return Text("sampled", f"the model itself, seed {seed}", documents, licence="the model's")
+
+
+def _sampled(checkpoint: Checkpoint, tokens: int, seed: int, device: str, tell: Progress) -> tuple[str, ...]:
+    tokenizer = tokenizer_of(checkpoint)
+    model = dense_model(checkpoint, device)
+    generator = torch.Generator().manual_seed(seed)
+    count = max(1, -(-tokens // DOCUMENT))
+    opening = _chat_opening(tokenizer)
+    chats = int(count * CHAT_SHARE) if opening else 0
+    prompts = [_plain_prompts(tokenizer, count - chats, generator)]
+    if opening:
+        prompts.append(torch.tensor(opening).repeat(chats, 1))
+    documents: list[str] = []
+    total = count * DOCUMENT
+    for group in prompts:
+        for batch in group.split(BATCH) if len(group) else ():
+            before = len(documents) * DOCUMENT
+            ids = _continued(
+                model, batch, len(tokenizer), generator, lambda n, b=before: tell("sample", b + n, total, "")
+            )
+            documents += tokenizer.batch_decode(ids, skip_special_tokens=False)
+    tell("sample", total, total, f"{count} documents")
+    return tuple(documents)
+
+
+def _plain_prompts(tokenizer: PreTrainedTokenizerBase, count: int, generator: torch.Generator) -> Tensor:
+    """The document separator and one random token, ``count 2``."""
+    special = set(tokenizer.all_special_ids)
+    words = torch.tensor([i for i in sorted(tokenizer.get_vocab().values()) if i not in special])
+    first = words[torch.randint(len(words), (count,), generator=generator)]
+    return torch.stack([torch.full((count,), separator(tokenizer)), first], 1)
+
+
+def separator(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that stands before a document in training: begin-of-text, or the end of the text before it."""
+    begin = start_token(tokenizer)
+    if begin is not None:
+        return begin
+    vocabulary = tokenizer.get_vocab()
+    named = [vocabulary[s] for s in _SEPARATORS if s in vocabulary]
+    known = (*named, tokenizer.bos_token_id, tokenizer.eos_token_id, 0)
+    return int(next(i for i in known if i is not None))
+
+
+def _chat_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of the chat template up to where the user starts to speak; empty without a template."""
+    if not tokenizer.chat_template:
+        return []
+    said = str(tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False))
+    before, mark, _ = said.partition(_MARK)
+    return list(tokenizer(before, add_special_tokens=False)["input_ids"]) if mark else []
+
+
+def _continued(
+    model: PreTrainedModel,
+    prompt: Tensor,
+    vocabulary: int,
+    generator: torch.Generator,
+    tell: Callable[[int], None],
+) -> Tensor:
+    """``prompt`` (``n t``) continued to 256 tokens at temperature 1; ends of text are followed by new
+    texts."""
+    device = model.device
+    ids = prompt
+    step = prompt
+    cache = DynamicCache()
+    with torch.inference_mode():
+        while ids.shape[1] < DOCUMENT:
+            logits = model(step.to(device), past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            step = _drawn(logits[:, -1, :vocabulary].float().cpu(), generator)
+            ids = torch.cat([ids, step], 1)
+            tell(ids.numel())
+    return ids
+
+
+def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One token a row, ``n 1``, by inverting the cumulative distribution."""
+    cumulative = torch.softmax(logits, -1).cumsum(-1)
+    chance = torch.rand(logits.shape[0], 1, generator=generator) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, chance, right=True).clamp_max(logits.shape[-1] - 1)
+
+
+def dense_model(checkpoint: Checkpoint, device: str) -> PreTrainedModel:
+    """The whole model in memory; float32 below a billion parameters on a CPU, bfloat16 otherwise.
+
+    Raises:
+        BadFile: the checkpoint lacks a tensor that the architecture needs.
+    """
+    dtype = torch.float32 if device == "cpu" and parameters(checkpoint) < _SMALL else torch.bfloat16
+    place = torch.device(device)
+    model = _empty_model(checkpoint.config, place)
+    for name, _ in list(model.named_parameters()):
+        if name in checkpoint.tensors:
+            _assign(model, name, checkpoint.read(name), place, dtype)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight.is_meta:
+        head.weight = embedding.weight
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise BadFile(f"the checkpoint has no tensor {missing[0]!r}", where=str(checkpoint.path))
+    return model
+
+
+def parameters(checkpoint: Checkpoint) -> int:
+    """Number of weights, tied ones once."""
+    return sum(prod(facts.shape) for facts in checkpoint.tensors.values())
+
+
+def _refuse_too_large(checkpoint: Checkpoint, tokens: int, device: str) -> None:
+    count = parameters(checkpoint)
+    if not device.startswith("cpu"):
+        return
+    if 2.0 * count * tokens > CPU_WORK:
+        raise Refused(
+            f"sampling {tokens} tokens from {count / 1e9:.1f} billion weights takes hours on a CPU",
+            fix="name a calibration text, or use --device cuda",
+        )
+    memory = _physical_memory()
+    wanted = count * (4 if count < _SMALL else 2)
+    if memory is not None and wanted > memory // 2:
+        raise Refused(
+            f"the model needs {wanted / 1e9:.1f} GB and this machine has {memory / 1e9:.1f} GB",
+            fix="name a calibration text",
+        )
+
+
+def _physical_memory() -> int | None:
+    if sys.platform == "win32" or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "bitmill" / "sampled"
+
+
+def _remembered(file: Path) -> tuple[str, ...] | None:
+    """Documents kept by an earlier run; None when there are none, or what is there is damaged."""
+    try:
+        kept: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(kept, dict) or not isinstance(kept.get("documents"), list):
+        return None
+    documents = tuple(d for d in kept["documents"] if isinstance(d, str))
+    return documents if kept.get("sha256") == _digest(documents) else None
+
+
+def _remember(file: Path, documents: Sequence[str]) -> None:
+    """Keep documents for the next run; a cache that cannot be written is no reason to stop."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f"{file.name}.{os.getpid()}")
+        content = {"sha256": _digest(documents), "documents": list(documents)}
+        partial.write_text(json.dumps(content), encoding="utf-8")
+        partial.replace(file)
+    except OSError:
+        return
+
+
+def _digest(documents: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(list(documents)).encode()).hexdigest()
