@@ -1,4 +1,4 @@
-"""One grid for every linear weight of the blocks; embeddings, head, norms and routers stay dense."""
+"""One grid for every linear weight of a block; embedding, head and norms stay as they are."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import final
 
 from bitmill.core.axes import Allocation, Choice, Weight
 
-PLACED = frozenset({"q", "k", "v", "o", "gate", "up", "down", "linear"})
-"""Roles that take the grid. A router decides which experts run: it is small and never quantized."""
+LINEAR = frozenset({"q", "k", "v", "o", "gate", "up", "down", "linear"})
 
 
 @final
@@ -18,9 +17,13 @@ class Uniform(Allocation):
 
     Attributes:
         grid: its text.
+        keep: roles that stay dense after all.
     """
 
-    grid: str = "int4-g128-sym"
+    grid: str
+    keep: tuple[str, ...] = ()
 
     def choose(self, weight: Weight) -> Choice | None:
-        return Choice(self.grid, "uniform") if weight.role in PLACED else None
+        """The grid for a linear weight of a block; None outside the blocks and for what is kept."""
+        linear = weight.role in LINEAR and weight.layer is not None
+        return Choice(self.grid, "uniform") if linear and weight.role not in self.keep else None

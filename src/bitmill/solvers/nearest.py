@@ -1,14 +1,13 @@
-"""Round to nearest: the grid's own fit, weighted by the mean square of each input channel when it is known.
-
-With importance this is what llama.cpp calls an imatrix, and the expected output error of uncorrelated inputs is what it
-minimizes. It is the baseline that every other solver has to beat.
-"""
+"""Rounding to nearest: the plain rule, weighted by the mean square of the inputs when moments are there (what
+llama.cpp calls an importance matrix)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
+
+from torch import Tensor
 
 from bitmill.core.axes import Grid, Solver
 from bitmill.core.types import Problem, Solution
@@ -17,18 +16,24 @@ from bitmill.core.types import Problem, Solution
 @final
 @dataclass(frozen=True)
 class Nearest(Solver):
-    """Parameters by the grid's search, codes by rounding. Needs no calibration, and uses one when it is given."""
+    """Every weight by itself; the grid's own search finds the parameters."""
 
     needs: ClassVar[str] = "nothing"
 
     def refuses(self, grid: Grid) -> str | None:
+        """Every grid will do."""
         return None
 
     def prefers(self, text: str) -> str:
+        """Names are taken as they are."""
         return text
 
     def solve(self, problems: Sequence[Problem], grids: Sequence[Grid]) -> list[Solution]:
+        """The grid's own rounding of each weight."""
         return [
-            Solution(grid.round(p.weight, None if p.moments is None else p.moments.importance))
-            for p, grid in zip(problems, grids, strict=True)
+            Solution(grid.round(p.weight, _importance(p))) for p, grid in zip(problems, grids, strict=True)
         ]
+
+
+def _importance(problem: Problem) -> Tensor | None:
+    return None if problem.moments is None else problem.moments.importance
