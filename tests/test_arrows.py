@@ -32,6 +32,7 @@ ARROWS: dict[str, set[str]] = {
     "source": _FACTS,
     "recipe": _NUMERIC | {"allocation"},
     "journal": _BASE,
+    "folding": _NUMERIC | {"families"},
     "planning": _PLANNED,
     "mill": _MILLED,
     "run": _FACTS | {"source"},

@@ -1,0 +1,216 @@
+"""Write the pages of docs/ that come from docstrings, so that they cannot say what the code does not.
+
+python docs/generate.py            write them
+python docs/generate.py --check    say which are out of date, and fail
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import bitmill
+from bitmill.cli.doctor import doctor
+from bitmill.cli.inspect import inspect as inspect_file
+from bitmill.cli.measure import measure
+from bitmill.cli.plan import plan
+from bitmill.cli.quantize import quantize
+from bitmill.cli.recipes import SENTENCE, recipes
+from bitmill.core import registry
+from bitmill.core.axes import Container, Grid
+from bitmill.recipe import KNOWN, ROLES, parse
+
+DOCS = Path(__file__).parent
+MADE = "<!-- Written by docs/generate.py from docstrings: edit those. -->"
+TOML = """```toml
+transforms = ["awq"]
+solver = "gptq(damp=0.02)"
+grid = "int4-g64-asym"
+keep = ["v"]
+
+[roles]
+head = "int8-channel-sym"
+```"""
+VERBS: tuple[Callable[..., None], ...] = (quantize, measure, plan, inspect_file, recipes, doctor)
+AXES = {
+    "transforms": "A change of basis that makes weights easier to store. It is folded into the model, so "
+    "that nothing has to be undone when the model runs.",
+    "grids": "What can be stored: the set of values and their parameters.",
+    "solvers": "Which codes: how a weight is put on its grid.",
+    "allocation": "Which grid where.",
+    "containers": "How bytes are laid out for somebody's runtime.",
+}
+
+
+def marked(text: str) -> str:
+    """A docstring in Markdown."""
+    text = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", text).replace("``", "`")
+    lines = []
+    for line in text.splitlines():
+        section = re.fullmatch(r"(Args|Attributes|Raises|Returns):", line)
+        entry = re.fullmatch(r"    (\*{0,2}[\w, ]+): (.*)", line)
+        if section is not None:
+            lines.append(f"**{section[1]}**\n")
+        elif entry is not None:
+            lines.append(f"- `{entry[1]}`: {entry[2]}")
+        else:
+            lines.append(line)
+    return "\n".join(lines).strip()
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *body])
+
+
+def axis_page(axis: str) -> str:
+    """One axis: a section a member, from its module's and its class' docstring."""
+    parts = [f"# {axis.capitalize()}", AXES[axis]]
+    for name, cls in registry.members(axis).items():
+        module = inspect.cleandoc(sys.modules[cls.__module__].__doc__ or "")
+        about = inspect.cleandoc(cls.__doc__ or "")
+        parts += [f"## {name.replace('_', '-')}", marked(module)]
+        parts += [marked(about)] if about != module else []
+        if issubclass(cls, Grid):
+            spelled = [str(grid) for grid in cls.examples()]
+            parts.append("Spelled " + ", ".join(f"`{text}`" for text in spelled if len(text) < 40) + ".")
+        if issubclass(cls, Container):
+            parts.append("Output: one file." if cls.single_file else "Output: a folder.")
+        options = [f for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING]
+        if options and axis in ("transforms", "solvers"):
+            parts.append("Options: " + ", ".join(f"`{f.name}={f.default}`" for f in options) + ".")
+    parts.append(f"A new one is one new file in `src/bitmill/{axis}/`: the file's name is its public name.")
+    return page(parts)
+
+
+def recipes_page() -> str:
+    """The grammar and the known names."""
+    known = [[f"`{name}`", f"`{parse(text)}`"] for name, text in sorted(KNOWN.items())]
+    parts = [
+        "# Recipes",
+        f"A recipe is one line: `{SENTENCE}`.",
+        marked(inspect.cleandoc(sys.modules["bitmill.recipe"].__doc__ or "").split("\n\n", 1)[1]),
+        "Options after the grid:",
+        table(
+            ["option", "what it does"],
+            [
+                ["`ROLE=GRID`", f"a grid of its own for one role: {', '.join(f'`{r}`' for r in ROLES)}"],
+                ["`keep=v+down`", "leaves these roles as they are"],
+                ["`fallback=GRID`", "for shapes that the grid refuses; without it the plan is refused"],
+                ["`dtype=bf16`", "precision of what is kept and of scales: `f32`, `f16` or `bf16`"],
+            ],
+        ),
+        "## Known names",
+        "In any case, with `-` or `_`.",
+        table(["name", "stands for"], known),
+        "## Recipe files",
+        'A `.toml` file holds either `recipe = "…"` or the parts by name. Unknown keys are errors.',
+        TOML,
+    ]
+    return page(parts)
+
+
+def commands_page() -> str:
+    """Every verb with its arguments, options and their other spellings."""
+    from bitmill.cli import exits
+
+    parts = ["# Commands", exits.LEGEND]
+    for verb in VERBS:
+        name = verb.__name__
+        parts += [f"## bitmill {name}", marked(inspect.cleandoc(verb.__doc__ or "")), parameters(verb)]
+    return page(parts)
+
+
+def parameters(verb: Callable[..., None]) -> str:
+    """The table of one verb's parameters."""
+    hints = get_type_hints(verb, include_extras=True)
+    rows = []
+    for name, parameter in inspect.signature(verb).parameters.items():
+        _, *metadata = get_args(hints[name]) or (hints[name],)
+        info = next((m for m in metadata if "param_decls" in vars(m)), None)
+        if info is None:
+            continue
+        spelled = " ".join(f"`{d}`" for d in info.param_decls or ()) or f"`{info.metavar or name.upper()}`"
+        default = parameter.default
+        empty = default is inspect.Parameter.empty or default is None or default is False
+        rows.append(
+            [
+                spelled,
+                (info.help or "").replace("[default: 128]", "").strip(),
+                "" if empty else f"`{default}`",
+            ]
+        )
+    return table(["", "what it does", "default"], rows)
+
+
+def python_page() -> str:
+    """The public names of the package."""
+    parts = ["# Python", marked(inspect.cleandoc(bitmill.__doc__ or "")).replace("    ", "    ")]
+    for name in sorted(bitmill.__all__):
+        public: Any = bitmill.__getattr__(name)
+        about = marked(inspect.cleandoc(public.__doc__ or ""))
+        signature = (
+            f"({inspect.signature(public)})" if inspect.isclass(public) else str(inspect.signature(public))
+        )
+        shown = f"class bitmill.{name}" if inspect.isclass(public) else f"bitmill.{name}{signature}"
+        parts += [f"## {name}", f"```python\n{tidy(shown)}\n```", about]
+    return page(parts)
+
+
+def tidy(signature: str) -> str:
+    """A signature with one parameter a line where it is long."""
+    signature = re.sub(r"'([^']*)'(?=[,)\s=]|$)", r"\1", signature)
+    if len(signature) <= 100:
+        return signature
+    head, _, rest = signature.partition("(")
+    body, _, tail = rest.rpartition(") ->")
+    depth, parts, word = 0, [], ""
+    for char in body:
+        depth += (char in "[(") - (char in "])")
+        if char == "," and depth == 0:
+            parts.append(word.strip())
+            word = ""
+        else:
+            word += char
+    parts.append(word.strip())
+    return f"{head}(\n" + "".join(f"    {p},\n" for p in parts) + f") ->{tail}"
+
+
+def page(parts: list[str]) -> str:
+    """A whole page."""
+    return "\n\n".join([MADE, *(p for p in parts if p)]) + "\n"
+
+
+def pages() -> Iterator[tuple[Path, str]]:
+    """Every generated page and what it should hold."""
+    yield DOCS / "recipes.md", recipes_page()
+    yield DOCS / "commands.md", commands_page()
+    yield DOCS / "python.md", python_page()
+    for axis in AXES:
+        yield DOCS / f"{axis}.md", axis_page(axis)
+
+
+def main() -> int:
+    """Write, or check."""
+    parser = argparse.ArgumentParser(description=inspect.cleandoc(__doc__ or "").split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when a page is out of date")
+    check = parser.parse_args().check
+    stale = [(path, text) for path, text in pages() if not path.exists() or path.read_text("utf-8") != text]
+    for path, text in stale:
+        if not check:
+            path.write_text(text, encoding="utf-8")
+        print(f"{'out of date' if check else 'written'}: {path.relative_to(DOCS.parent)}")
+    if check and stale:
+        print("`make docs` writes them", file=sys.stderr)
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
