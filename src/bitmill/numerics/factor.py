@@ -1,8 +1,8 @@
 """The triangular factor of an inverse Hessian that error feedback runs on (Frantar et al., arXiv 2210.17323).
 
 ``H⁻¹ = Uᵀ U`` with ``U`` upper triangular. Instead of inverting ``H`` and factoring the inverse, ``H`` is
-factored from its last row upwards, ``H = V Vᵀ`` with ``V`` upper, and ``U = V⁻¹``: one Cholesky factorization,
-one triangular solve, and no inverse whose rounding errors could cost positive definiteness.
+factored from its last row upwards, ``H = V Vᵀ`` with ``V`` upper, and ``U = V⁻¹``: one Cholesky
+factorization, one triangular solve, and no inverse whose rounding could cost positive definiteness.
 """
 
 from __future__ import annotations
