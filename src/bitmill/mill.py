@@ -35,6 +35,7 @@ from bitmill.source import open_source
 Progress = Callable[[str, int, int, str], None]
 CHUNK = 1 << 24  # weights converted to float32 at a time outside the blocks: 64 MiB
 MICRO_TOKENS = 4096  # tokens a forward pass carries: large enough for full speed, small enough to stay in cache
+STACK_PROBE = 48  # rows of a trial weight: no multiple of any tile, so that a tile's parameters show
 EXPLOSION = 10.0  # a block whose output error is ten times its own contribution has stopped being that block
 
 
@@ -157,7 +158,7 @@ def quantize(
     try:
         report = walk.run(identity, done, started)
         if save is not None:
-            moments_facts = {"source": source.digest, **{k: str(v) for k, v in calibration.facts.items()}}
+            moments_facts = {**{k: str(v) for k, v in calibration.facts.items()}, "model": source.digest}
             save_moments(Path(save), walk.kept_moments, moments_facts)
         tell("seal", 0, 1, "verifying")
         walk.verify_sample()
@@ -205,7 +206,7 @@ def _refuse_foreign_moments(
 ) -> None:
     if not known:
         return
-    if facts.get("source") not in (None, source.digest):
+    if facts.get("model") not in (None, source.digest):
         raise Refused("these moments were taken on another model", fix="take them again with --save-moments")
     missing = [row.name for row in made.rows if row.solved and row.name not in known]
     if missing:
@@ -244,6 +245,7 @@ class Walk:
         ]
         self.notes += self.calibration.notes
         self._sample: dict[str, tuple[str, Tensor]] = {}
+        self._stacks: dict[str, bool] = {}
 
     def run(self, identity: Mapping[str, Any], done: Sequence[Mapping[str, Any]], started: float) -> Report:
         """Every unit that is not done yet; the report of all of them."""
@@ -497,7 +499,7 @@ class Walk:
         """
         stacks: dict[str, list[Row]] = {}
         for row in rows:
-            stacks.setdefault(str(row.grid) if row.grid.block[0] == 1 else row.name, []).append(row)
+            stacks.setdefault(str(row.grid) if self._stackable(row) else row.name, []).append(row)
         problems = [
             Problem("+".join(r.name for r in stack), stack[0].role, _stacked(stack, tensors), moments)
             for stack in stacks.values()
@@ -513,6 +515,15 @@ class Walk:
                 self._sample.setdefault(row.role, (row.name, dense[:4].clone()))
                 values[row.name] = dense
         return values
+
+    def _stackable(self, row: Row) -> bool:
+        """Whether rows of several weights may be solved as one: each parameter is a row's own, or a single value."""
+        key = str(row.grid)
+        if key not in self._stacks:
+            shape = (STACK_PROBE, row.shape[1])
+            params = row.grid.fit(torch.ones(shape)) if row.grid.refuses(shape) is None else {}
+            self._stacks[key] = all(p.dim() == 0 or p.shape[0] == STACK_PROBE for p in params.values())
+        return self._stacks[key]
 
     def _record_error(self, row: Row, weight: Tensor, dense: Tensor, moments: Moments | None) -> None:
         error = dense - weight
