@@ -59,7 +59,7 @@ class Bench:
     @cached_property
     def ruler(self) -> Ruler:
         """The ruler over the test model."""
-        return Ruler(self.model)
+        return Ruler(self.model, self.work / "ruler.safetensors")
 
     @cached_property
     def tokens(self) -> Path:
@@ -82,26 +82,20 @@ class Bench:
             )
         out = self.work / "results" / name
         command = [str(python), str(HERE / script), str(self.model), str(self.tokens), str(out), *options]
-        facts = self._run(command, out)
+        facts = self.run(command, out)
         scores = self.ruler.score_linears(load_file(out / "linears.safetensors"))
         return self.add(name, facts, scores)
 
-    def bitmill(self, recipe: str, name: str, *options: str, model: Path | None = None) -> dict[str, Any]:
+    def bitmill(self, recipe: str, name: str, *options: str) -> dict[str, Any]:
         """Run Bitmill on the same work; add its scored row."""
+        out, facts = self.run_bitmill(self.model, recipe, name, *options)
+        return self.add(name, facts, self.ruler.score_file(out / facts["file"]))
+
+    def run_bitmill(self, model: Path, recipe: str, name: str, *options: str) -> tuple[Path, dict[str, Any]]:
+        """Bitmill's folder and facts, not scored."""
         out = self.work / "results" / name
-        source = str(model or self.model)
-        command = [
-            sys.executable,
-            str(HERE / "run_bitmill.py"),
-            source,
-            str(self.tokens),
-            str(out),
-            recipe,
-            *options,
-        ]
-        facts = self._run(command, out)
-        ruler = self.ruler if model is None else Ruler(model)
-        return self.add(name, facts, ruler.score_file(out / facts["file"]))
+        command = [sys.executable, str(HERE / "run_bitmill.py"), str(model), str(self.tokens), str(out)]
+        return out, self.run([*command, recipe, *options], out)
 
     def add(self, name: str, facts: Mapping[str, Any], scores: Mapping[str, Score]) -> dict[str, Any]:
         """Keep one row and say it."""
@@ -110,7 +104,8 @@ class Bench:
         print(line(name, scores), f" {facts['seconds']:.1f} s", flush=True)
         return row
 
-    def _run(self, command: Sequence[str], out: Path) -> dict[str, Any]:
+    def run(self, command: Sequence[str], out: Path) -> dict[str, Any]:
+        """One side as a process with ``--threads`` added; the facts it left in ``out``."""
         stored = out / "facts.json"
         if self.reuse and stored.is_file():
             return json.loads(stored.read_text(encoding="utf-8"))

@@ -236,8 +236,8 @@ def _report(evidence: Path, sizes: Sizes, threads: int, rows: list[dict[str, Any
     lines = [
         "# Peak memory",
         "",
-        f"A random Llama of {size}, {sizes.layers} blocks of {sizes.block_bytes / MIB:,.0f} MiB. Anonymous memory",
-        "of the whole process, interpreter and libraries included, read 50 times a second.",
+        f"A random Llama of {size}, {sizes.layers} blocks of {sizes.block_bytes / MIB:,.0f} MiB.",
+        "Anonymous memory of the whole process, interpreter and libraries included, read 50 times a second.",
         "",
         "| recipe | windows of 512 | peak anonymous MiB | in blocks | peak resident MiB | seconds |",
         "|---|--:|--:|--:|--:|--:|",
