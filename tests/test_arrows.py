@@ -92,11 +92,27 @@ def test_arrows_point_down(module: str) -> None:
             continue
         there = unit(target)
         if there == home:
-            assert home not in AXES, f"{module} imports {target}: members of one axis do not know each other"
+            part = target.rpartition(".")[2].startswith("_")  # a private file is a part of its one member
+            assert part or home not in AXES, f"{module} imports {target}: members of one axis are strangers"
         else:
             assert there in ARROWS[home], (
                 f"{module} imports {target}: {home} may import {sorted(ARROWS[home])}"
             )
+
+
+def test_a_private_file_of_an_axis_has_one_owner() -> None:
+    for axis in AXES:
+        inside = {name: path for name, path in MODULES.items() if unit(name) == axis}
+        for name in inside:
+            if name.rpartition(".")[2].startswith("_"):
+                public = [
+                    n
+                    for n, p in inside.items()
+                    if name in imports(p) and not n.rpartition(".")[2].startswith("_")
+                ]
+                assert len(public) == 1, (
+                    f"{name} is shared by {public}: it belongs into numerics or checkpoint"
+                )
 
 
 def test_no_cycles() -> None:
