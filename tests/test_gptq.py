@@ -1,0 +1,235 @@
+"""Error feedback against the textbook: no blocks, no factorization tricks, one column at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitmill.core import registry
+from bitmill.core.axes import AffineGrid, Grid
+from bitmill.core.errors import Refused, Unsolvable
+from bitmill.core.types import Moments, Problem, Solution
+from bitmill.numerics.factor import upper_inverse_factor
+from bitmill.numerics.feedback import round_block
+from bitmill.solvers.gptq import Gptq, round_spans
+from bitmill.solvers.nearest import Nearest
+
+OUT, IN, TOKENS = 24, 256, 2048
+DAMP = 0.01
+
+
+def _moments(seed: int = 0, width: int = IN, tokens: int = TOKENS) -> Moments:
+    """Inputs as a network has them: correlated, some channels a hundred times louder."""
+    rng = torch.Generator().manual_seed(seed)
+    mix = torch.randn(width, width, generator=rng) * torch.logspace(0, -2, width)[:, None]
+    x = torch.randn(tokens, width, generator=rng) @ mix + 0.05 * torch.randn(tokens, width, generator=rng)
+    x[:, 7] *= 20
+    return Moments(tokens, x.square().sum(0), x.abs().sum(0), x.abs().amax(0), x.T @ x)
+
+
+def _weight(seed: int = 1, out: int = OUT, width: int = IN) -> Tensor:
+    return torch.randn(out, width, generator=torch.Generator().manual_seed(seed))
+
+
+def _solve(grid: Grid, w: Tensor, moments: Moments, **options: float) -> Solution:
+    return Gptq(**options).solve([Problem("w", "q", w, moments)], [grid])[0]
+
+
+def _loss(error: Tensor, moments: Moments) -> float:
+    assert moments.gram is not None
+    wide = error.double()
+    return float(((wide @ moments.gram.double()) * wide).sum())
+
+
+def _textbook(w: Tensor, grid: Grid, moments: Moments, order: Tensor, damp: float = DAMP) -> Tensor:
+    """Optimal brain quantization, float64: after each column H⁻¹ loses its row by Gaussian elimination."""
+    assert moments.gram is not None
+    hessian = moments.gram.double()
+    hessian = hessian + damp * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    ahead, inverse, price = w.double().clone(), hessian[order][:, order].inverse(), torch.empty(len(order))
+    eliminated = inverse.clone()
+    for j in range(len(order)):
+        price[order[j]] = 1 / eliminated[j, j]
+        eliminated = eliminated - eliminated[:, j : j + 1] * eliminated[j : j + 1] / eliminated[j, j]
+    params = grid.fit(w, price.float())
+    value = torch.empty_like(w)
+    for j, column in enumerate(order.tolist()):
+        now = ahead[:, column : column + 1].float()
+        value[:, column : column + 1] = grid.decode(grid.encode(now, params, column), params, column)
+        error = (ahead[:, column] - value[:, column].double()) / inverse[j, j]
+        ahead[:, order] -= error[:, None] * inverse[j]
+        inverse = inverse - inverse[:, j : j + 1] * inverse[j : j + 1] / inverse[j, j]
+    return value
+
+
+def _agree(ours: Tensor, theirs: Tensor, w: Tensor, moments: Moments) -> None:
+    """Nearly all values are equal; one near a tie may fall the other way, and then moves a few behind it."""
+    differ = float((ours - theirs).abs().gt(1e-5 * theirs.abs().amax()).double().mean())
+    assert differ < 0.02
+    assert _loss(ours - w, moments) == pytest.approx(_loss(theirs - w, moments), rel=0.01)
+
+
+@pytest.mark.parametrize("block", [1, 32, 48, 128, 1000])
+@pytest.mark.parametrize(
+    "text", ["int4-g32-asym", "int3-g64-sym", "int4-g128-asym", "int4-channel-sym", "nf4-b64"]
+)
+def test_blocks_and_groups_of_any_width_are_the_textbook(text: str, block: int):
+    """Group borders inside a block, at its edge, and wider than it: the classic place for an index mix-up."""
+    grid, w, moments = registry.parse_grid(text), _weight(), _moments()
+    natural = torch.arange(IN)
+    ours = _solve(grid, w, moments, block=block, act_order=False).quantized.dense()
+    _agree(ours, _textbook(w, grid, moments, natural), w, moments)
+
+
+@pytest.mark.parametrize("text", ["int4-g32-asym", "int4-channel-sym", "q4_k"])
+def test_act_order_is_the_textbook_in_another_order(text: str):
+    grid, w, moments = registry.parse_grid(text), _weight(), _moments()
+    order = moments.square.argsort(descending=True, stable=True)
+    ours = _solve(grid, w, moments).quantized.dense()
+    _agree(ours, _textbook(w, grid, moments, order), w, moments)
+
+
+def test_vectors_are_block_elimination():
+    """On spans of 8: the error of a span moves on through the inverse of its pivot block."""
+    grid, w, moments = registry.parse_grid("e8p"), _weight(), _moments()
+    assert moments.gram is not None
+    hessian = moments.gram.double()
+    hessian = hessian + DAMP * hessian.diagonal().mean() * torch.eye(IN, dtype=torch.float64)
+    inverse = hessian.inverse()
+    factor = upper_inverse_factor(moments.gram, DAMP, "w").upper
+    params = grid.fit(w, factor.diagonal().square().reciprocal())
+    ahead, value = w.double().clone(), torch.empty_like(w)
+    for first in range(0, IN, 8):
+        span, rest = slice(first, first + 8), slice(first + 8, IN)
+        value[:, span] = grid.decode(grid.encode(ahead[:, span].float(), params, first), params, first)
+        error = (ahead[:, span] - value[:, span].double()) @ inverse[span, span].inverse()
+        ahead[:, rest] -= error @ inverse[span, rest]
+        inverse = inverse - inverse[:, span] @ inverse[span, span].inverse() @ inverse[span, :]
+    ours = _solve(grid, w, moments, act_order=False).quantized.dense()
+    _agree(ours, value, w, moments)
+
+
+def _affine_grids() -> list[Grid]:
+    found = [g for cls in registry.members("grids").values() for g in cls.examples()]
+    return [g for g in found if isinstance(g, AffineGrid)]
+
+
+@pytest.mark.parametrize("grid", _affine_grids(), ids=str)
+def test_the_compiled_loop_is_the_plain_one_bit_for_bit(grid: AffineGrid):
+    w, moments = _weight(), _moments()
+    assert moments.gram is not None
+    w[3] = 0
+    factor = upper_inverse_factor(moments.gram, DAMP, "w").upper
+    params = grid.fit(w, moments.importance)
+    columns = torch.randperm(IN, generator=torch.Generator().manual_seed(5))
+    fast, plain = w[:, columns].contiguous(), w[:, columns].contiguous()
+    errors = round_block(fast, factor, grid.affine(params, columns))
+    assert torch.equal(errors, round_spans(plain, factor, grid, params, columns))
+    assert torch.equal(fast, plain)
+
+
+def test_one_output_after_another_is_all_at_once():
+    grid, w, moments = registry.parse_grid("int4-g32-asym"), _weight(), _moments()
+    whole = _solve(grid, w, moments).quantized
+    for rows in (slice(0, 5), slice(5, OUT)):
+        part = _solve(grid, w[rows].contiguous(), moments).quantized
+        assert torch.equal(part.codes, whole.codes[rows])
+
+
+def test_problems_that_share_an_input_share_the_factor(monkeypatch: pytest.MonkeyPatch):
+    calls = []
+
+    def counted(gram: Tensor, damp: float, where: str) -> object:
+        calls.append(where)
+        return upper_inverse_factor(gram, damp, where)
+
+    monkeypatch.setattr("bitmill.solvers.gptq.upper_inverse_factor", counted)
+    moments = _moments()
+    problems = [Problem(name, name, _weight(i), moments) for i, name in enumerate("qkv")]
+    together = Gptq().solve(problems, [registry.parse_grid(t) for t in ("int4-g32-sym", "q4_k", "nf4-b64")])
+    assert len(calls) == 1
+    alone = Gptq().solve(problems[1:2], [registry.parse_grid("q4_k")])
+    assert torch.equal(together[1].quantized.codes, alone[0].quantized.codes)
+
+
+def _gains(texts: Sequence[str]) -> list[float]:
+    w, moments = _weight(), _moments()
+    gains = []
+    for text in texts:
+        grid = registry.parse_grid(text)
+        plain = Nearest().solve([Problem("w", "q", w, moments)], [grid])[0].quantized.dense()
+        gains.append(
+            _loss(_solve(grid, w, moments).quantized.dense() - w, moments) / _loss(plain - w, moments)
+        )
+    return gains
+
+
+def test_feedback_pays():
+    assert max(_gains(["int4-g64-asym", "int3-g64-asym", "q4_k", "mxfp4", "nf4-b64", "e8p"])) < 0.6
+
+
+def test_dead_channels_are_rounded_and_reported():
+    """A channel that calibration never excited keeps its nearest value, and disturbs nobody."""
+    grid, w, moments = registry.parse_grid("int4-g32-asym"), _weight(), _moments()
+    assert moments.gram is not None
+    dead = torch.zeros(IN, dtype=torch.bool)
+    dead[[0, 9, 255]] = True
+    gram = moments.gram.masked_fill(dead[:, None] | dead[None, :], 0)
+    quiet = Moments(TOKENS, gram.diagonal().clone(), moments.magnitude, moments.absmax, gram)
+    solution = _solve(grid, w, quiet)
+    assert [(n.kind, n.value) for n in solution.notes] == [("dead-channels", 3.0)]
+    step = grid.affine(solution.quantized.params, torch.arange(IN)).step  # type: ignore[attr-defined]
+    error = (solution.quantized.dense() - w).abs()
+    assert bool((error <= 1.5 * step.abs())[:, dead].all())
+
+
+def test_too_few_samples_raise_the_damping_and_say_so():
+    """Eight tokens for 256 inputs, and a Gram that rounding has made indefinite."""
+    moments = _moments(tokens=8)
+    assert moments.gram is not None
+    gram = moments.gram - 0.02 * moments.gram.diagonal().mean() * torch.eye(IN)
+    broken = Moments(8, gram.diagonal().clone().clamp_min(1e-3), moments.magnitude, moments.absmax, gram)
+    solution = _solve(registry.parse_grid("int4-g32-asym"), _weight(), broken)
+    (note,) = (n for n in solution.notes if n.kind == "damping")
+    assert note.value is not None
+    assert DAMP < note.value <= 1
+    assert torch.isfinite(solution.quantized.dense()).all()
+
+
+def test_what_cannot_be_solved_says_why():
+    grid, w, good = registry.parse_grid("int4-g32-asym"), _weight(), _moments()
+    assert good.gram is not None
+
+    def with_gram(gram: Tensor | None) -> Moments:
+        return Moments(TOKENS, good.square, good.magnitude, good.absmax, gram)
+
+    with pytest.raises(Refused, match="Gram"):
+        _solve(grid, w, with_gram(None))
+    with pytest.raises(Unsolvable, match="overflow"):
+        _solve(grid, w, with_gram(good.gram.clone().index_fill_(0, torch.tensor([3]), torch.inf)))
+    with pytest.raises(Unsolvable, match="no calibration token"):
+        _solve(grid, w, with_gram(torch.zeros(IN, IN)))
+    indefinite = torch.eye(IN) * good.square.mean()
+    indefinite[0, 1] = indefinite[1, 0] = 50 * good.square.mean()
+    with pytest.raises(Unsolvable, match="positive definite"):
+        _solve(grid, w, with_gram(indefinite))
+    for options in ({"damp": 0.0}, {"damp": 2.0}, {"block": 0}):
+        with pytest.raises(ValueError, match="not"):
+            Gptq(**options)
+
+
+@pytest.mark.parametrize("width", [1, 7, 64, 300])
+def test_the_factor_is_that_of_the_inverse(width: int):
+    moments = _moments(width=max(width, 8))
+    assert moments.gram is not None
+    gram = moments.gram[:width, :width]
+    upper = upper_inverse_factor(gram, DAMP, "w").upper.double()
+    wide = gram.double() / gram.double().diagonal().mean()
+    wide = wide + DAMP * torch.eye(width, dtype=torch.float64)
+    assert torch.equal(upper, upper.triu())
+    unit = upper.T @ upper @ wide
+    torch.testing.assert_close(unit, torch.eye(width, dtype=torch.float64), rtol=0, atol=2e-2)
+    assert bool((upper.diagonal() > 0).all())
