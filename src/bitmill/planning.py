@@ -205,7 +205,7 @@ def plan(
     dtype = recipe.dtype or source_dtype(checkpoint)
     remarks = _transform_remarks(recipe, family, checkpoint)
     facts = dict(checkpoint.tensors)
-    if _needs_own_head(recipe, facts):
+    if _needs_own_head(recipe, family, facts):
         embed = facts[f"{family.module('embed', None)}.weight"]
         facts["lm_head.weight"] = TensorFacts("lm_head.weight", embed.shape, embed.dtype)
     rows = _rows(recipe, family, container, checkpoint, facts, dtype, needs)
@@ -236,8 +236,11 @@ def staged_bytes(config: Mapping[str, Any], tokens: int) -> int:
     return tokens * (6 * width + 3 * middle) * 4
 
 
-def _needs_own_head(recipe: Recipe, facts: Mapping[str, TensorFacts]) -> bool:
-    rotates = any("residual" in t.seams() for t in recipe.make_transforms())
+def _needs_own_head(recipe: Recipe, family: Family, facts: Mapping[str, TensorFacts]) -> bool:
+    stream = family.seam("residual")
+    rotates = stream is not None and any(
+        "residual" in t.seams() and t.kind in stream.allows for t in recipe.make_transforms()
+    )
     return rotates and "lm_head.weight" not in facts
 
 
@@ -261,7 +264,7 @@ def _transform_remarks(recipe: Recipe, family: Family, checkpoint: Checkpoint) -
                 usable.append(name)
         if not usable:
             raise Refused(f"{call.name} finds no seam to fold at in {family.name}", fix=f"drop {call.name}")
-    if _needs_own_head(recipe, checkpoint.tensors):
+    if _needs_own_head(recipe, family, checkpoint.tensors):
         remarks.append("the tied head gets a matrix of its own: a rotated embedding and a rotated head differ")
     return tuple(remarks)
 

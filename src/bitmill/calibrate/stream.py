@@ -42,7 +42,7 @@ class Block:
     def forward(self, hidden: Tensor) -> Tensor:
         """Hidden states ``n T H`` after this block; ``n`` is what fits in memory at once."""
         args, kwargs = self._stream.call(self.index, hidden)
-        with torch.inference_mode():
+        with torch.no_grad():
             out = self.module(hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
@@ -152,7 +152,7 @@ class Stream:
         module._parameters = {}
         module.padding_idx = None
         module.weight = nn.Parameter(table[rows].to(self.device, self.dtype), requires_grad=False)
-        with torch.inference_mode():
+        with torch.no_grad():
             return module(index.to(self.device)).clone()
 
     def block(self, index: int, read: Read | None = None) -> Block:
@@ -184,7 +184,7 @@ class Stream:
         norm = copy.deepcopy(self._model.get_submodule(self._norm_path))
         for name, _ in list(norm.named_parameters()):
             _assign(norm, name, self._tensor(f"{self._norm_path}.{name}"), self.device, self.dtype)
-        with torch.inference_mode():
+        with torch.no_grad():
             x = norm(hidden.to(self.device, self.dtype)).float()
             weight, bias = self._head()
             rows = weight.shape[0]
@@ -216,7 +216,7 @@ class Stream:
         for layer in self._layers:
             layer.forward = recorder  # an instance attribute: the class keeps its own
         try:
-            with torch.inference_mode():
+            with torch.no_grad():
                 body(inputs_embeds=hidden, use_cache=False)
         except _Recorded:
             return calls
