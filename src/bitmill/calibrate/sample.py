@@ -19,14 +19,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
-from bitmill.calibrate.corpus import Text, default_calibration
-from bitmill.calibrate.stream import _assign, _empty_model
+from bitmill.calibrate.corpus import Text
 from bitmill.calibrate.windows import start_token, tokenizer_of
+from bitmill.checkpoint.tokenizer import render_chat
 from bitmill.core.axes import Checkpoint
 from bitmill.core.errors import BadFile, Refused
-from bitmill.core.types import Note
 
 Progress = Callable[[str, int, int, str], None]
 
@@ -39,28 +44,9 @@ BATCH = 128
 CHAT_SHARE = 0.25
 CPU_WORK = 1e14  # operations: a quarter of an hour on two cores
 _SMALL = 1_000_000_000  # parameters that still fit in float32
+_IGNORED = ("quantization_config", "auto_map", "dtype")
 _MARK = "\u241e"
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>")
-
-
-def calibration_texts(
-    checkpoint: Checkpoint,
-    *,
-    tokens: int = TOKENS,
-    seed: int = 0,
-    device: str = "cpu",
-    cache: Path | None = None,
-    progress: Progress | None = None,
-) -> tuple[tuple[Text, ...], tuple[Note, ...]]:
-    """The default mixture for a model, and a note when the model is too large to speak for itself."""
-    try:
-        said = sample_text(
-            checkpoint, tokens=tokens, seed=seed, device=device, cache=cache, progress=progress
-        )
-    except Refused as refusal:
-        note = Note("corpus", "calibration", f"without text of the model's own: {refusal.what}")
-        return default_calibration(None), (note,)
-    return default_calibration(said), ()
 
 
 def sample_text(
@@ -114,7 +100,7 @@ def _sampled(checkpoint: Checkpoint, tokens: int, seed: int, device: str, tell: 
     return tuple(documents)
 
 
-def _plain_prompts(tokenizer: PreTrainedTokenizerBase, count: int, generator: torch.Generator) -> Tensor:
+def _plain_prompts(tokenizer: PreTrainedTokenizerFast, count: int, generator: torch.Generator) -> Tensor:
     """The document separator and one random token, ``count 2``."""
     special = set(tokenizer.all_special_ids)
     words = torch.tensor([i for i in sorted(tokenizer.get_vocab().values()) if i not in special])
@@ -122,7 +108,7 @@ def _plain_prompts(tokenizer: PreTrainedTokenizerBase, count: int, generator: to
     return torch.stack([torch.full((count,), separator(tokenizer)), first], 1)
 
 
-def separator(tokenizer: PreTrainedTokenizerBase) -> int:
+def separator(tokenizer: PreTrainedTokenizerFast) -> int:
     """The id that stands before a document in training: begin-of-text, or the end of the text before it."""
     begin = start_token(tokenizer)
     if begin is not None:
@@ -133,11 +119,11 @@ def separator(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(next(i for i in known if i is not None))
 
 
-def _chat_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _chat_opening(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Ids of the chat template up to where the user starts to speak; empty without a template."""
     if not tokenizer.chat_template:
         return []
-    said = str(tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False))
+    said = render_chat(tokenizer, [{"role": "user", "content": _MARK}], add_generation_prompt=False)
     before, mark, _ = said.partition(_MARK)
     return list(tokenizer(before, add_special_tokens=False)["input_ids"]) if mark else []
 
@@ -175,21 +161,25 @@ def dense_model(checkpoint: Checkpoint, device: str) -> PreTrainedModel:
     """The whole model in memory; float32 below a billion parameters on a CPU, bfloat16 otherwise.
 
     Raises:
+        Refused: transformers knows no such architecture.
         BadFile: the checkpoint lacks a tensor that the architecture needs.
     """
     dtype = torch.float32 if device == "cpu" and parameters(checkpoint) < _SMALL else torch.bfloat16
-    place = torch.device(device)
-    model = _empty_model(checkpoint.config, place)
-    for name, _ in list(model.named_parameters()):
-        if name in checkpoint.tensors:
-            _assign(model, name, checkpoint.read(name), place, dtype)
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head.weight.is_meta:
-        head.weight = embedding.weight
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    facts = {k: v for k, v in checkpoint.config.items() if k not in _IGNORED}
+    kind = str(facts.pop("model_type", ""))
+    try:
+        config = AutoConfig.for_model(kind, **facts)
+        architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except (ValueError, KeyError) as error:
+        raise Refused(f"transformers knows no causal language model {kind!r}") from error
+    weights = {name: checkpoint.read(name).to(dtype) for name in checkpoint.tensors}
+    model, found = architecture.from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+    )
+    missing = sorted(found["missing_keys"])
     if missing:
         raise BadFile(f"the checkpoint has no tensor {missing[0]!r}", where=str(checkpoint.path))
-    return model
+    return model.eval().to(device)
 
 
 def parameters(checkpoint: Checkpoint) -> int:

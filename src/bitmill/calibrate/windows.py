@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from bitmill.calibrate.corpus import Message, Text
+from bitmill.checkpoint.tokenizer import load_tokenizer, render_chat
 from bitmill.core.axes import Checkpoint
 from bitmill.core.errors import Refused
 from bitmill.core.types import Note
@@ -44,30 +42,14 @@ class Windows:
     notes: tuple[Note, ...] = ()
 
 
-def tokenizer_of(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """The tokenizer that travels with a checkpoint.
-
-    Raises:
-        Refused: none travels with it, or transformers cannot read it.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in checkpoint.carried.items():
-            if "/" not in name and "\\" not in name:
-                (Path(folder) / name).write_bytes(content)
-        facts = {k: v for k, v in checkpoint.config.items() if k not in ("auto_map", "quantization_config")}
-        (Path(folder) / "config.json").write_text(json.dumps(facts), encoding="utf-8")
-        try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise Refused(
-                "the model carries no tokenizer that transformers can read",
-                where=str(checkpoint.path),
-                fix="put tokenizer.json and tokenizer_config.json beside the weights",
-            ) from error
+def tokenizer_of(checkpoint: Checkpoint) -> PreTrainedTokenizerFast:
+    """The tokenizer that travels with a checkpoint; see
+    :func:`~bitmill.checkpoint.tokenizer.load_tokenizer`."""
+    return load_tokenizer(checkpoint)
 
 
 def windows(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     texts: Sequence[Text],
     length: int,
     count: int,
@@ -182,7 +164,7 @@ def _shares(weights: Sequence[float], slots: Sequence[int], count: int) -> list[
 
 
 def token_ids(
-    tokenizer: PreTrainedTokenizerBase, text: Text, *, chat: bool, limit: int | None = None
+    tokenizer: PreTrainedTokenizerFast, text: Text, *, chat: bool, limit: int | None = None
 ) -> Tensor:
     """All of a text as one sequence of ids, without begin-of-text tokens.
 
@@ -211,11 +193,10 @@ def token_ids(
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, conversation: Sequence[Message]) -> str:
+def _rendered(tokenizer: PreTrainedTokenizerFast, conversation: Sequence[Message]) -> str:
     if not tokenizer.chat_template:
         return "\n\n".join(m["content"] for m in conversation) + "\n\n"
-    said = tokenizer.apply_chat_template([dict(m) for m in conversation], tokenize=False)
-    return str(said)
+    return render_chat(tokenizer, conversation, add_generation_prompt=False)
 
 
 def _as_chat(document: str) -> tuple[Message, ...]:
@@ -225,7 +206,7 @@ def _as_chat(document: str) -> tuple[Message, ...]:
     return ({"role": "user", "content": first}, *([answer] if rest else []))
 
 
-def start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def start_token(tokenizer: PreTrainedTokenizerFast) -> int | None:
     """The begin-of-text id, where the tokenizer puts one before every text (Llama, Gemma; not SmolLM or
     Qwen)."""
     ids = tokenizer("a", verbose=False)["input_ids"]
