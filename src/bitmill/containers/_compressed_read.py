@@ -40,7 +40,8 @@ def open_folder(path: Path) -> PackedFolder:
     """
     folder, config = TensorFolder(path), read_config(path)
     settings = config["quantization_config"]
-    if (settings.get("transform_config") or {}).get("config_groups"):
+    rotated = settings.get("transform_config")
+    if rotated and (not isinstance(rotated, dict) or rotated.get("config_groups")):
         raise Refused("the model is rotated while it runs", where=str(path), fix="give the original model")
     groups = _checked_groups(settings, path)
     packed = {}
@@ -128,13 +129,15 @@ def _grid(folder: TensorFolder, module: str, about: Mapping[str, Any]) -> Grid:
     bits, width, strategy = about.get("num_bits"), about.get("group_size"), about.get("strategy")
     if strategy is None:
         strategy = "tensor" if width is None else "channel" if width == -1 else "group"
+    if type(bits) is not int or not isinstance(strategy, str):
+        raise BadFile(f"weights described as {dict(about)} mean nothing", where=f"{module} in {folder.path}")
     if about.get("type", "int") == "int" and bits in range(2, 9) and scale in DENSE:
         group = {"channel": 0, "tensor": -1}.get(strategy, width)
         if type(group) is int and group >= -1 and strategy in ("channel", "tensor", "group"):
             zero = "sym" if about.get("symmetric", True) else "asym"
             return Integer(bits, group, zero, DENSE[scale])
     if about.get("type") == "float" and about.get("symmetric", True):
-        element = {4: "e2m1", 6: "e2m3", 8: "e4m3"}.get(bits) if isinstance(bits, int) else None
+        element = {4: "e2m1", 6: "e2m3", 8: "e4m3"}.get(bits)
         if element and strategy == "tensor_group" and (bits, width) == (4, 16):
             return Minifloat(element, "nv")
         if element and strategy == "group" and width == 32 and scale == "U8":

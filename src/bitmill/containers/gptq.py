@@ -195,7 +195,8 @@ def _open(path: Path) -> PackedFolder:
     settings = config["quantization_config"]
     bits, layout = settings.get("bits"), settings.get("checkpoint_format", "gptq")
     if (
-        bits not in _BITS
+        type(bits) is not int
+        or bits not in _BITS
         or layout not in ("gptq", "gptq_v2")
         or settings.get("pack_dtype", "int32") != "int32"
     ):
