@@ -102,8 +102,8 @@ class ScalarGrid(Grid):
 @dataclass(frozen=True, eq=False)
 class Affine:
     """Evenly spaced values of some columns. The value nearest to ``w`` is ``(k - zero) · step + base`` with
-    ``k = round((w - base) / step + zero)`` held within ``low … high``, in float32 and in this order of operations;
-    where ``step`` is 0 it is ``base``.
+    ``k = round((w - base) / step + zero)`` held within ``low … high``, in float32 and in this order; where
+    ``step`` is 0 it is ``base``.
 
     Attributes:
         step, zero, base: float32, broadcast to ``out columns``.
@@ -123,6 +123,11 @@ class AffineGrid(ScalarGrid):
     @abstractmethod
     def affine(self, params: Params, columns: Tensor) -> Affine:
         """Spacing and place of the values of these columns (int64 indices into the tensor, any order)."""
+
+    @abstractmethod
+    def with_zero(self, params: Params, zero: Tensor) -> Params | None:
+        """The same steps with other zero points, one a block and rounded to what is stored; None when this
+        grid's zero points are not free. Zero stands at code ``zero``, counted from the lowest."""
 
 
 class LinearMap(ABC):

@@ -172,6 +172,13 @@ class Integer(AffineGrid):
         zero = scale.new_full((1, 1), 2.0 ** (self.bits - 1)) if self.zero == "sym" else of("zero")
         return Affine(scale, zero, scale.new_zeros(1, 1), 0, 2**self.bits - 1)
 
+    def with_zero(self, params: Params, zero: Tensor) -> Params | None:
+        if self.zero == "sym":
+            return None
+        if self.zero == "fz":
+            return {**params, "zero": torch.where(zero == 0, 0.0, stored(zero, _SCALES[self.scale]))}
+        return {**params, "zero": zero.round().clamp(self.zero_floor, 2**self.bits - 1)}
+
     def _columns(self, params: Params, at: int, columns: int) -> tuple[Tensor, Tensor | float]:
         scale = spread(params["scale"], self.group, at, columns)
         if self.zero == "sym":

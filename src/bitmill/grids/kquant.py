@@ -144,6 +144,10 @@ class KQuant(AffineGrid):
         high = 127 if self.type == "q8_0" else _TOP[self.type] - half
         return Affine(step, step.new_zeros(1, 1), base, -half, high)
 
+    def with_zero(self, params: Params, zero: Tensor) -> Params | None:
+        """The minimum of ``q4_1`` and ``q5_1`` is free; those of ``q4_k`` are multiples of another's."""
+        return {**params, "m": _half(-params["d"] * zero)} if self.type in ("q4_1", "q5_1") else None
+
     def scaled(self, params: Params, factor: Tensor) -> Params:
         return {name: _half(p * factor) if name in ("d", "m", "dmin") else p for name, p in params.items()}
 

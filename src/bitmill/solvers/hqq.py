@@ -1,0 +1,119 @@
+"""HQQ: zero points that fit most weights well and let a few outliers be wrong, without any data (Badri and
+Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from bitmill.core.axes import AffineGrid, Grid, Solver
+from bitmill.core.types import Params, Problem, Quantized, Solution
+
+_OPEN = re.compile(r"(int[2-8]-(?:channel|g\d+))((?:-s(?:f16|bf16|f32))?)")
+_CHUNK = 1 << 18  # weights at a time: what twenty rounds read and write stays in the cache
+
+
+@final
+@dataclass(frozen=True)
+class Hqq(Solver):
+    """Minimizes ``Σ |w - ŵ|ᵖ`` over the zero points by half-quadratic splitting.
+
+    An error is split into what a heavy-tailed prior explains (shrinkage) and the rest, which the zero point
+    then takes up; the prior tightens round by round. Steps stay those of the extremes. Of the zero points on
+    the way, the start included, each block keeps the one with the least squared error as it will be stored.
+
+    Attributes:
+        p: the norm; below 1 it forgives outliers.
+        beta: how closely the split must follow at first. kappa: its growth a round.
+        rounds: at most so many.
+    """
+
+    p: float = 0.7
+    beta: float = 10.0
+    kappa: float = 1.01
+    rounds: int = 20
+
+    needs: ClassVar[str] = "nothing"
+
+    def __post_init__(self) -> None:
+        if not (0 < self.p <= 1 and self.beta > 0 and self.kappa >= 1 and self.rounds >= 1):
+            raise ValueError("p is in (0, 1], beta above 0, kappa and rounds at least 1")
+
+    def refuses(self, grid: Grid) -> str | None:
+        """Zero points must be there, free, and a row's own."""
+        if not isinstance(grid, AffineGrid) or grid.block[0] != 1:
+            return f"{grid} has no zero points of its own in each row; use e.g. int4-g64-fz"
+        params = grid.fit(torch.zeros(1, grid.block[1] or 1))
+        if grid.with_zero(params, torch.zeros(1, 1)) is None:
+            return f"the zero points of {grid} are fixed; use e.g. int4-g64-fz"
+        return None
+
+    def prefers(self, text: str) -> str:
+        """Real zero points, where the name leaves them open."""
+        return _OPEN.sub(r"\1-fz\2", text) if _OPEN.fullmatch(text) else text
+
+    def solve(self, problems: Sequence[Problem], grids: Sequence[Grid]) -> list[Solution]:
+        """Each weight by itself; moments are not looked at.
+
+        Raises:
+            ValueError: a grid that :meth:`refuses` names.
+        """
+        return [Solution(self._place(p.weight, grid)) for p, grid in zip(problems, grids, strict=True)]
+
+    def _place(self, weight: Tensor, grid: Grid) -> Quantized:
+        reason = self.refuses(grid)
+        if reason is not None or not isinstance(grid, AffineGrid):
+            raise ValueError(reason)
+        w = weight.to(torch.float32)
+        rows = max(1, _CHUNK // w.shape[1])
+        parts = [self._search(w[a : a + rows], grid) for a in range(0, len(w), rows)]
+        params = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return Quantized(grid, grid.encode(w, params), params, (w.shape[0], w.shape[1]))
+
+    def _search(self, w: Tensor, grid: AffineGrid) -> Params:
+        width = grid.block[1] or w.shape[1]
+        firsts = torch.arange(0, w.shape[1], width, device=w.device)
+        params = start = grid.fit(w)
+        affine = grid.affine(params, firsts)
+        step = affine.step.expand(len(w), len(firsts))[..., None]
+        inverse = torch.where(step == 0, 0.0, 1 / step)
+        x = w.reshape(len(w), -1, width) * inverse
+        least = torch.full(x.shape[:2], torch.inf, device=w.device)
+        kept, beta = least, self.beta
+        for _ in range(self.rounds + 1):
+            zero = _zero(grid, params, firsts).expand(x.shape[:2])
+            codes = (x + zero[..., None]).round_().clamp_(affine.low, affine.high)
+            off = (x - codes).add_(zero[..., None])
+            cost = off.square().sum(-1)
+            better = cost < least
+            if not bool(better.any()):
+                break
+            kept, least = torch.where(better, zero, kept), torch.where(better, cost, least)
+            outliers = _shrink(off * step, beta, self.p).mul_(inverse)
+            params = _with_zero(grid, params, (codes - x + outliers).mean(-1))
+            beta *= self.kappa
+        return _with_zero(grid, start, kept)
+
+
+def _zero(grid: AffineGrid, params: Params, firsts: Tensor) -> Tensor:
+    """The real code that stands for 0 in each block, as stored."""
+    affine = grid.affine(params, firsts)
+    return affine.zero - torch.where(affine.step == 0, 0.0, affine.base / affine.step)
+
+
+def _with_zero(grid: AffineGrid, params: Params, zero: Tensor) -> Params:
+    moved = grid.with_zero(params, zero)
+    if moved is None:
+        raise ValueError(f"the zero points of {grid} are fixed")
+    return moved
+
+
+def _shrink(error: Tensor, beta: float, p: float) -> Tensor:
+    """Generalized soft threshold: the part of each error that the prior calls an outlier."""
+    size = error.abs()
+    return error.sign() * (size - size.clamp_min(1e-12).pow(p - 1) / beta).clamp_min(0)
