@@ -40,6 +40,7 @@ from bitmill.core.types import FileImage, Quantized, Row
 from bitmill.grids.dense import Dense
 from bitmill.grids.integer import Integer
 from bitmill.grids.kquant import KQuant
+from bitmill.grids.lattice import Lattice
 from bitmill.grids.minifloat import Minifloat
 from bitmill.grids.table import Table
 from bitmill.numerics.bits import pack, packed_words, unpack
@@ -173,7 +174,7 @@ def _layout(grid: Grid, shape: tuple[int, int]) -> _Layout | None:
         return _Layout(shape, 4, _table_params(grid, shape))
     if isinstance(grid, KQuant):
         return _Layout(shape, _KQUANT_BITS.get(str(grid), 0), _kquant_params(str(grid), shape))
-    if str(grid) == "e8p":
+    if isinstance(grid, Lattice):
         return _Layout((out, columns // 8), 16, {"scale": ("F32", (out, 1))})
     return None
 
