@@ -28,6 +28,7 @@ WORST_TOKENS = 12
 CONTEXT = 24  # tokens shown before a worst one
 _HIGHER_IS_BETTER = ("same_top", "correlation", "mean_dp", "wrong_to_right")
 _LARGEST_REPORT = 64 << 20
+_TOLD = {"tokens": int, "windows": int, "window": int, "seed": int, "sha256": str}
 
 
 @dataclass(frozen=True)
@@ -229,8 +230,9 @@ def calibration_of(path: Path) -> tuple[str | None, dict[str, Any] | None]:
     try:
         if file.stat().st_size > _LARGEST_REPORT:
             return None, None
-        facts = json.loads(file.read_text(encoding="utf-8"))["calibration"]
-        seen = facts.pop("shingles", None)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        told = json.loads(file.read_text(encoding="utf-8"))["calibration"]
+        facts = {key: told[key] for key, kind in _TOLD.items() if isinstance(told.get(key), kind)}
+        seen = told.get("shingles")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None, None
     return (seen if isinstance(seen, str) else None), facts
