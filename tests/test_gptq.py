@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bitmill.core import registry
-from bitmill.core.axes import AffineGrid, Grid
+from bitmill.core.axes import AffineGrid, Grid, LevelGrid
 from bitmill.core.errors import Refused, Unsolvable
 from bitmill.core.types import Moments, Problem, Solution
 from bitmill.numerics.factor import upper_inverse_factor
@@ -112,13 +112,13 @@ def test_vectors_are_block_elimination():
     _agree(ours, value, w, moments)
 
 
-def _affine_grids() -> list[Grid]:
+def _told_grids() -> list[Grid]:
     found = [g for cls in registry.members("grids").values() for g in cls.examples()]
-    return [g for g in found if isinstance(g, AffineGrid)]
+    return [g for g in found if isinstance(g, (AffineGrid, LevelGrid))]
 
 
-@pytest.mark.parametrize("grid", _affine_grids(), ids=str)
-def test_the_compiled_loop_is_the_plain_one_bit_for_bit(grid: AffineGrid):
+@pytest.mark.parametrize("grid", _told_grids(), ids=str)
+def test_the_compiled_loop_is_the_plain_one_bit_for_bit(grid: AffineGrid | LevelGrid):
     w, moments = _weight(), _moments()
     assert moments.gram is not None
     w[3] = 0
@@ -126,7 +126,10 @@ def test_the_compiled_loop_is_the_plain_one_bit_for_bit(grid: AffineGrid):
     params = grid.fit(w, moments.importance)
     columns = torch.randperm(IN, generator=torch.Generator().manual_seed(5))
     fast, plain = w[:, columns].contiguous(), w[:, columns].contiguous()
-    errors = round_block(fast, factor, grid.affine(params, columns))
+    told = (
+        grid.affine(params, columns) if isinstance(grid, AffineGrid) else grid.levels_of(params, columns, OUT)
+    )
+    errors = round_block(fast, factor, told)
     assert torch.equal(errors, round_spans(plain, factor, grid, params, columns))
     assert torch.equal(fast, plain)
 
@@ -181,7 +184,8 @@ def test_dead_channels_are_rounded_and_reported():
     quiet = Moments(TOKENS, gram.diagonal().clone(), moments.magnitude, moments.absmax, gram)
     solution = _solve(grid, w, quiet)
     assert [(n.kind, n.value) for n in solution.notes] == [("dead-channels", 3.0)]
-    step = grid.affine(solution.quantized.params, torch.arange(IN)).step  # type: ignore[attr-defined]
+    assert isinstance(grid, AffineGrid)
+    step = grid.affine(solution.quantized.params, torch.arange(IN)).step
     error = (solution.quantized.dense() - w).abs()
     assert bool((error <= 1.5 * step.abs())[:, dead].all())
 

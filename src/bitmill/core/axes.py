@@ -130,6 +130,27 @@ class AffineGrid(ScalarGrid):
         grid's zero points are not free. Zero stands at code ``zero``, counted from the lowest."""
 
 
+@dataclass(frozen=True, eq=False)
+class Levels:
+    """Values ``level · scale`` of some columns; the nearest to ``w`` has the level nearest to ``w / scale``.
+
+    Attributes:
+        levels: sorted, float32.
+        scale: float32, broadcasts to ``out columns``.
+    """
+
+    levels: Tensor
+    scale: Tensor
+
+
+class LevelGrid(ScalarGrid):
+    """A scalar grid whose values are a table of levels times a scale: rounding is a search in that table."""
+
+    @abstractmethod
+    def levels_of(self, params: Params, columns: Tensor, rows: int) -> Levels:
+        """The table, and the scales of these columns (int64 indices, any order) of ``rows`` rows."""
+
+
 class LinearMap(ABC):
     """A change of basis at a seam: the hidden vector ``h`` becomes ``h R``."""
 

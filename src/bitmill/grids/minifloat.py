@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bitmill.core.axes import ScalarGrid
+from bitmill.core.axes import LevelGrid, Levels
 from bitmill.core.types import Params, Quantized
 from bitmill.numerics.floats import ELEMENTS, Element, decode, encode, power_of_two, round_to
 from bitmill.numerics.search import search_scale, spread, stored, weights_of
@@ -37,7 +37,7 @@ _SMALLEST = 2.0**-9
 
 @final
 @dataclass(frozen=True)
-class Minifloat(ScalarGrid):
+class Minifloat(LevelGrid):
     """Values ``element · scale`` for floating-point elements of 4 to 8 bits.
 
     Codes are uint8 ``out in``: the element's bit pattern, sign highest. Parameters by scaling:
@@ -158,6 +158,18 @@ class Minifloat(ScalarGrid):
         if self.scaling == "nv":
             return {**params, "scale": _block_scale(scale)}
         return {"scale": stored(scale, "f32")}
+
+    def levels_of(self, params: Params, columns: Tensor, rows: int) -> Levels:
+        codes = torch.arange(2**self._kind.bits, dtype=torch.uint8, device=columns.device)
+        values = decode(codes, self._kind)
+        values = values[values.abs() <= self._kind.largest].unique()
+        if self.scaling == "mx":
+            return Levels(values, power_of_two(params["exponent"][:, columns // 32]))
+        if self.scaling == "nv":
+            return Levels(values, params["scale"][:, columns // 16] / params["gain"])
+        if self.scaling == "b128":
+            return Levels(values, params["scale"].repeat_interleave(128, 0)[:rows, columns // 128])
+        return Levels(values, params["scale"])
 
     @property
     def _kind(self) -> Element:

@@ -11,7 +11,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bitmill.core.axes import ScalarGrid
+from bitmill.core.axes import LevelGrid, Levels
 from bitmill.core.types import Params, Quantized
 from bitmill.numerics.floats import dynamic_map
 from bitmill.numerics.search import search_scale, spread, weights_of
@@ -44,7 +44,7 @@ _TINY = 1e-38
 
 @final
 @dataclass(frozen=True)
-class Table(ScalarGrid):
+class Table(LevelGrid):
     """Values ``levels[code] · absmax`` with one ``absmax`` a block of a row.
 
     Codes are uint8 ``out in``. Parameters: ``absmax`` float32 ``out in/width``; with double quantization
@@ -156,6 +156,11 @@ class Table(ScalarGrid):
         wanted = self._nested_values(params, codes, 0) * factor
         outer = self._outer(params, codes.shape, 0, codes.shape[1])
         return {**params, "absmax_code": _nearest(wanted - params["absmax_offset"], outer)}
+
+    def levels_of(self, params: Params, columns: Tensor, rows: int) -> Levels:
+        absmax = self._nested_values(params, params["absmax_code"], 0) if self.double else params["absmax"]
+        levels = torch.tensor(sorted(self.levels), device=columns.device)
+        return Levels(levels, absmax[:, columns // self.width])
 
     def _absmax(self, params: Params, at: int, columns: int) -> Tensor:
         if not self.double:

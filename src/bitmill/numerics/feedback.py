@@ -12,61 +12,91 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bitmill.core.axes import Affine
+from bitmill.core.axes import Affine, Levels
 from bitmill.numerics.search import by_rows
 
-_Matrix = NDArray[np.float32]
+_Array = NDArray[np.float32]
 
 
-def round_block(x: Tensor, upper: Tensor, affine: Affine) -> Tensor:
-    """Put a block of columns on evenly spaced values, each column's error moving on to those after it.
+def round_block(x: Tensor, upper: Tensor, values: Affine | Levels) -> Tensor:
+    """Put a block of columns on their grid, each column's error moving on to those after it.
 
     Args:
         x: ``out columns`` float32; holds the values afterwards.
         upper: ``columns columns``, this block of the factor of the inverse Hessian.
-        affine: the values of these columns.
+        values: what these columns can hold.
 
     Returns:
         Errors over pivots, ``out columns``: times the factor's later columns they are what those lose.
     """
     errors = torch.empty_like(x)
-    steps, zeros, bases = (
-        part.expand(x.shape).contiguous().numpy() for part in (affine.step, affine.zero, affine.base)
-    )
-    values, factor, left = x.numpy(), upper.contiguous().numpy(), errors.numpy()
-    low, high = np.float32(affine.low), np.float32(affine.high)
+    ahead, left, factor = x.numpy(), errors.numpy(), upper.contiguous().numpy()
+    if isinstance(values, Affine):
+        parts = [p.expand(x.shape).contiguous().numpy() for p in (values.step, values.zero, values.base)]
+        limits = np.float32(values.low), np.float32(values.high)
 
-    def work(first: int, last: int) -> None:
-        _round_rows(first, last, values, factor, steps, zeros, bases, low, high, left)
+        def work(first: int, last: int) -> None:
+            _round_evenly(first, last, ahead, factor, left, *parts, *limits)
+    else:
+        scale, levels = values.scale.expand(x.shape).contiguous().numpy(), values.levels.numpy()
+        middles = ((values.levels[1:] + values.levels[:-1]) / 2).numpy()
+
+        def work(first: int, last: int) -> None:
+            _round_to_levels(first, last, ahead, factor, left, scale, levels, middles)
 
     by_rows(x.shape[0], work)
     return errors
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _round_rows(
+def _round_evenly(
     first: int,
     last: int,
-    values: _Matrix,
-    factor: _Matrix,
-    steps: _Matrix,
-    zeros: _Matrix,
-    bases: _Matrix,
+    ahead: _Array,
+    factor: _Array,
+    left: _Array,
+    steps: _Array,
+    zeros: _Array,
+    bases: _Array,
     low: np.float32,
     high: np.float32,
-    left: _Matrix,
 ) -> None:
-    columns = values.shape[1]
     for r in range(first, last):
-        row = values[r]
-        for j in range(columns):
+        for j in range(ahead.shape[1]):
             step, zero, base = steps[r, j], zeros[r, j], bases[r, j]
             value = base
             if step != 0:
-                k = np.rint((row[j] - base) / step + zero)
+                k = np.rint((ahead[r, j] - base) / step + zero)
                 value = (min(max(k, low), high) - zero) * step + base
-            error = (row[j] - value) / factor[j, j]
-            row[j] = value
-            left[r, j] = error
-            for i in range(j + 1, columns):
-                row[i] -= error * factor[j, i]
+            _move_on(ahead[r], factor, left[r], j, value)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _round_to_levels(
+    first: int,
+    last: int,
+    ahead: _Array,
+    factor: _Array,
+    left: _Array,
+    scales: _Array,
+    levels: _Array,
+    middles: _Array,
+) -> None:
+    for r in range(first, last):
+        for j in range(ahead.shape[1]):
+            scale = scales[r, j]
+            value = np.float32(0)
+            if scale != 0:
+                place = np.searchsorted(middles, ahead[r, j] / scale)
+                value = levels[place] * scale
+            _move_on(ahead[r], factor, left[r], j, value)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _move_on(row: _Array, factor: _Array, left: _Array, j: int, value: np.float32) -> None:
+    """Column ``j`` becomes ``value``; those behind it answer."""
+    error = (row[j] - value) / factor[j, j]
+    row[j] = value
+    left[j] = error
+    for i in range(j + 1, len(row)):
+        row[i] -= error * factor[j, i]

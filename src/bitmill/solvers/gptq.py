@@ -10,7 +10,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from bitmill.core.axes import AffineGrid, Grid, Solver
+from bitmill.core.axes import Affine, AffineGrid, Grid, LevelGrid, Levels, Solver
 from bitmill.core.errors import Refused
 from bitmill.core.types import Moments, Note, Params, Problem, Quantized, Solution
 from bitmill.numerics.factor import Factor, upper_inverse_factor
@@ -82,8 +82,9 @@ class Gptq(Solver):
             last = min(first + block, w.shape[1])
             now, columns = ahead[:, first:last].contiguous(), order[first:last]
             pivots = upper[first:last, first:last]
-            if isinstance(grid, AffineGrid) and not w.is_cuda:
-                errors = round_block(now, pivots, grid.affine(params, columns))
+            known = None if w.is_cuda else _values_of(grid, params, columns, len(w))
+            if known is not None:
+                errors = round_block(now, pivots, known)
             else:
                 errors = round_spans(now, pivots, grid, params, columns)
             values[:, columns] = now
@@ -91,9 +92,16 @@ class Gptq(Solver):
         return Quantized(grid, grid.encode(values, params), params, (w.shape[0], w.shape[1]))
 
 
+def _values_of(grid: Grid, params: Params, columns: Tensor, rows: int) -> Affine | Levels | None:
+    """What some columns can hold, for grids simple enough to say so; the others round span by span."""
+    if isinstance(grid, AffineGrid):
+        return grid.affine(params, columns)
+    return grid.levels_of(params, columns, rows) if isinstance(grid, LevelGrid) else None
+
+
 def round_spans(x: Tensor, upper: Tensor, grid: Grid, params: Params, columns: Tensor) -> Tensor:
     """Put a block of columns on any grid, one span at a time; see
-    :func:`bitmill.numerics.feedback.round_block`, which gives the same for evenly spaced values.
+    :func:`bitmill.numerics.feedback.round_block`, which does the same for values it is told.
 
     Args:
         columns: place of each column of ``x`` in the tensor; those of a span are neighbours.
