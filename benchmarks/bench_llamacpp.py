@@ -36,11 +36,11 @@ PARTS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-NOTES = """llama.cpp's `llama-quantize` with its importance matrix over 64 windows of 512 tokens of Python's manual,
-and Bitmill's files of the same types calibrated on the same tokens; the model is the wide one (every row a
-multiple of 256). Both are decoded by the `gguf` package, and the linears inside the blocks replaced. The peer's
-seconds are those of `llama-quantize` alone, the importance matrix took {imatrix:.0f} s more; Bitmill's contain its
-calibration. KLD in nats."""
+NOTES = """llama.cpp's `llama-quantize` with its importance matrix over 64 windows of 512 tokens of Python's
+manual, and Bitmill's files of the same types calibrated on the same tokens; the model is the wide one (every
+row a multiple of 256). Both are decoded by the `gguf` package, and the linears inside the blocks replaced.
+The peer's seconds are those of `llama-quantize` alone, the importance matrix took {imatrix:.0f} s more;
+Bitmill's contain its calibration. KLD in nats."""
 
 
 def linears(path: Path, config: Any) -> tuple[dict[str, Tensor], float]:
