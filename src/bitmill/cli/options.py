@@ -94,3 +94,20 @@ Json = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what would be done and what it takes; write nothing.")
 ]
+Chat = Annotated[bool, typer.Option("--chat", help="Put calibration text through the chat template.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume/--no-resume", "-r", help="Go on from an interrupted run of the same command."),
+]
+MomentsFile = Annotated[
+    Path | None,
+    typer.Option("--moments", help="Moments saved before, instead of calibrating.", show_default=False),
+]
+SaveMoments = Annotated[
+    Path | None,
+    typer.Option("--save-moments", help="Keep this run's moments for other recipes.", show_default=False),
+]
+Measure = Annotated[
+    bool, typer.Option("--measure/--no-measure", help="Measure the result against the original.")
+]

@@ -19,16 +19,27 @@ from rich.progress import (
 
 from bitmill.cli.say import duration, note
 
-EVERY = 2.0  # seconds between plain lines of one event
+EVERY = 2.0  # least seconds between plain lines of one event
+SHARE = 0.05  # and the share of the time so far: a long run says less often
 TITLES = {
     "calibrate": "calibration text",
     "tokens": "calibration text",
     "block": "quantizing",
     "resume": "resuming",
     "seal": "writing",
+    "sample": "calibration text from the model",
     "measure": "measuring",
-    "reference": "reference",
+    "floor": "noise floor",
+    "tensors": "comparing tensors",
 }
+
+
+def quiet() -> None:
+    """No bars and advice of other libraries between our lines: what matters comes as notes and refusals."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 class Teller:
@@ -46,6 +57,7 @@ class Teller:
         self._said: dict[str, float] = {}
 
     def __enter__(self) -> Teller:
+        quiet()
         if self._live:
             columns = (
                 TextColumn("{task.description}"),
@@ -82,7 +94,8 @@ class Teller:
         now = time.monotonic()
         started, first = self._started.setdefault(event, (now, done))
         finished = done >= total
-        if not finished and now - self._said.get(event, -EVERY) < EVERY:
+        pause = max(EVERY, SHARE * (now - started))
+        if not finished and now - self._said.get(event, -pause) < pause:
             return
         self._said[event] = now
         moved = done - first

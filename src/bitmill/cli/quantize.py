@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from bitmill.cli import measure as measuring
 from bitmill.cli import plan as planned
@@ -15,21 +12,27 @@ from bitmill.cli import say
 from bitmill.cli.options import (
     Bits,
     Calib,
+    Chat,
     Device,
     DryRun,
+    Force,
     Group,
     Json,
     Keep,
     Length,
+    Measure,
     Model,
+    MomentsFile,
     Out,
     Recipe,
+    Resume,
     Revision,
     Samples,
+    SaveMoments,
     Seed,
     Strict,
     Text,
-)
+)  # fmt: skip
 from bitmill.cli.progress import Teller
 from bitmill.cli.wanted import wanted
 from bitmill.core.errors import Refused
@@ -48,30 +51,17 @@ def quantize(
     nsamples: Samples = 128,
     seqlen: Length = 512,
     seed: Seed = 0,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Put calibration text through the chat template.")
-    ] = False,
+    chat: Chat = False,
     device: Device = "cpu",
     keep: Keep = None,
     bits: Bits = None,
     group_size: Group = None,
     strict: Strict = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume/--no-resume", "-r", help="Go on from an interrupted run of the same command."),
-    ] = True,
-    moments: Annotated[
-        Path | None,
-        typer.Option("--moments", help="Moments saved before, instead of calibrating.", show_default=False),
-    ] = None,
-    save_moments: Annotated[
-        Path | None,
-        typer.Option("--save-moments", help="Keep this run's moments for other recipes.", show_default=False),
-    ] = None,
-    measure: Annotated[
-        bool, typer.Option("--measure/--no-measure", help="Measure the result against the original.")
-    ] = True,
+    force: Force = False,
+    resume: Resume = True,
+    moments: MomentsFile = None,
+    save_moments: SaveMoments = None,
+    measure: Measure = True,
     text: Text = None,
     revision: Revision = None,
     dry_run: DryRun = False,
@@ -126,13 +116,13 @@ def quantize(
         )
     if not json:
         _say(report)
-    account = measuring.account(str(out), model, text, device, revision) if measure else None
+    how = measuring.How(text=text, device=device, revision=revision)
+    records = measuring.account([str(out)], model, how) if measure else ()
     if json:
-        say.emit({**report.to_json(), "measurement": None if account is None else account.to_json()})
-    elif account is not None:
+        say.emit({**report.to_json(), "measurement": records[0].to_json() if records else None})
+    elif records:
         say.result()
-        measuring.show(account)
-    measuring.verdict(account)
+        measuring.show(records)
 
 
 def _say(report: Report) -> None:

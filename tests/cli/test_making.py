@@ -1,0 +1,133 @@
+"""The verbs that make and measure, end to end on a random model of three blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bitmill.measurement.measure import NothingMeasured
+from tests.cli.command import Command
+
+TEXT = "The miller weighs each grain and writes the number down. " * 200
+SMALL = ("--windows", "2", "--window", "32", "--no-floor")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from bitmill import mill
+
+    out = tmp_path_factory.mktemp("out") / "q4.gguf"
+    mill.quantize(str(tiny_llama), "nearest : q4_0 > gguf", out)
+    return out
+
+
+def test_quantize_makes_what_plan_promised(
+    command: Command, tiny_llama: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "q.gguf"
+    plan = command(
+        "plan", tiny_llama, "gptq : q4_0 > gguf", "--nsamples", "4", "--seqlen", "32", "--json"
+    ).json
+    words = ("--calib", text, "--nsamples", "4", "--seqlen", "32", "--no-measure")
+    said = command("quantize", tiny_llama, "gptq : q4_0 > gguf", "-o", out, *words)
+    assert said.code == 0, said.err
+    assert out.stat().st_size == plan["bytes"] and f"{plan['bytes']:,} bytes" in said.out
+    assert "gptq : Q4_0 > gguf" in said.err and "quantizing 3/3" in said.err
+
+
+def test_quantize_measures_at_its_end_and_says_so_as_json(
+    command: Command, tiny_llama: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "q.gguf"
+    said = command("quantize", tiny_llama, "q8_0", "-o", out, "--text", text, "--json")
+    assert said.code == 0, said.err
+    assert (
+        0 < said.json["measurement"]["kld"]["mean"] < 0.1 and said.json["plan"]["bytes"] == out.stat().st_size
+    )
+
+
+def test_quantize_does_not_overwrite(command: Command, tiny_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "precious.gguf"
+    out.write_text("mine")
+    said = command("quantize", tiny_llama, "q8_0", "-o", out, "--no-measure")
+    assert said.code == 2 and "--force" in said.err and out.read_text() == "mine"
+    assert command("quantize", tiny_llama, "q8_0", "-o", out, "--no-measure", "--force").code == 0
+    assert out.read_bytes()[:4] == b"GGUF"
+
+
+def test_bits_and_group_stand_for_a_recipe(command: Command, tiny_llama: Path, tmp_path: Path) -> None:
+    words = ("--bits", "4", "--q-group-size", "32", "-o", tmp_path / "x", "--dry-run", "--json")
+    assert command("quantize", tiny_llama, *words).json["recipe"].startswith("gptq : int4-g32")
+
+
+def test_moments_are_kept_for_another_recipe(
+    command: Command, tiny_llama: Path, text: Path, tmp_path: Path
+) -> None:
+    kept, words = tmp_path / "kept.safetensors", ("--nsamples", "4", "--seqlen", "32", "--no-measure")
+    first = command(
+        "quantize", tiny_llama, "gptq : q4_0", "-o", tmp_path / "a.gguf", "--calib", text, *words,
+        "--save-moments", kept,
+    )  # fmt: skip
+    assert first.code == 0 and kept.is_file(), first.err
+    second = command(
+        "quantize", tiny_llama, "gptq : q8_0", "-o", tmp_path / "b.gguf", *words, "--moments", kept
+    )
+    assert second.code == 0, second.err
+
+
+def test_measure_one_file(
+    command: Command, tiny_llama: Path, quantized: Path, text: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "account.html"
+    said = command("measure", quantized, "--against", tiny_llama, "--text", text, *SMALL, "--html", page)
+    assert said.code == 0, said.err
+    assert "KL divergence" in said.out and "same first choice" in said.out
+    assert page.read_text(encoding="utf-8").lstrip().lower().startswith("<!doctype html")
+
+
+def test_measure_two_files_in_a_pair(command: Command, tiny_llama: Path, quantized: Path, text: Path) -> None:
+    words = ("-a", tiny_llama, "--text", text, *SMALL)
+    said = command("measure", quantized, tiny_llama, *words)
+    assert said.code == 0 and "KL divergence, difference" in said.out
+    found = command("measure", quantized, tiny_llama, *words, "--json").json
+    assert len(found["records"]) == 2 and found["records"][1]["kld"]["mean"] == 0.0
+    assert found["comparisons"][0]["kld_difference"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("--max-kld", "1e-9"), 3),
+        (("--max-kld", "1e9"), 0),
+        (("--min-same-top", "1"), 3),
+        (("--limit", "kld.p90=1e-9"), 3),
+        (("--max-worst-kld", "1e9", "--max-kld-p99", "1e9"), 0),
+        (("--limit", "kld.men=1"), 2),
+        (("--limit", "kld.mean"), 2),
+    ],
+)
+def test_thresholds_are_exit_codes(
+    command: Command, tiny_llama: Path, quantized: Path, text: Path, words: tuple[str, ...], code: int
+) -> None:
+    said = command("measure", quantized, "-a", tiny_llama, "--text", text, *SMALL, *words)
+    assert said.code == code, said.err
+    assert ("missed: q4.gguf" in said.err) == (code == 3)
+
+
+def test_nothing_measured_is_not_a_pass(
+    command: Command, tiny_llama: Path, quantized: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(*_: object, **__: object) -> None:
+        raise NothingMeasured("none of 32 positions has finite logits")
+
+    monkeypatch.setattr("bitmill.measurement.measure.measure_all", nothing)
+    said = command("measure", quantized, "-a", tiny_llama, "--text", text, "--json")
+    assert said.code == 4 and "finite" in said.err and not said.out
