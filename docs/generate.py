@@ -51,17 +51,18 @@ AXES = {
 def marked(text: str) -> str:
     """A docstring in Markdown."""
     text = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", text).replace("``", "`")
-    lines = []
+    lines, listing = [], False
     for line in text.splitlines():
         section = re.fullmatch(r"(Args|Attributes|Raises|Returns):", line)
-        entry = re.fullmatch(r"    (\*{0,2}[\w, ]+): (.*)", line)
+        listing = section is not None or (listing and (line.startswith("    ") or not line))
+        entry = re.fullmatch(r"    (\*{0,2}[\w, ]+): (.*)", line) if listing else None
         if section is not None:
             lines.append(f"**{section[1]}**\n")
         elif entry is not None:
             lines.append(f"- `{entry[1]}`: {entry[2]}")
         else:
             lines.append(line)
-    return "\n".join(lines).strip()
+    return "\n".join(lines).strip("\n")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -74,7 +75,7 @@ def axis_page(axis: str) -> str:
     """One axis: a section a member, from its module's and its class' docstring."""
     parts = [f"# {axis.capitalize()}", AXES[axis]]
     for name, cls in registry.members(axis).items():
-        module = inspect.cleandoc(sys.modules[cls.__module__].__doc__ or "")
+        module = (sys.modules[cls.__module__].__doc__ or "").strip()
         about = inspect.cleandoc(cls.__doc__ or "")
         parts += [f"## {name.replace('_', '-')}", marked(module)]
         parts += [marked(about)] if about != module else []
@@ -96,7 +97,7 @@ def recipes_page() -> str:
     parts = [
         "# Recipes",
         f"A recipe is one line: `{SENTENCE}`.",
-        marked(inspect.cleandoc(sys.modules["bitmill.recipe"].__doc__ or "").split("\n\n", 1)[1]),
+        marked((sys.modules["bitmill.recipe"].__doc__ or "").split("\n\n", 1)[1]),
         "Options after the grid:",
         table(
             ["option", "what it does"],
@@ -137,14 +138,18 @@ def parameters(verb: Callable[..., None]) -> str:
         info = next((m for m in metadata if "param_decls" in vars(m)), None)
         if info is None:
             continue
-        spelled = " ".join(f"`{d}`" for d in info.param_decls or ()) or f"`{info.metavar or name.upper()}`"
+        first = (
+            info.default if isinstance(info.default, str) else None
+        )  # typer keeps the first spelling there
+        flags = [flag for flag in (first, *(info.param_decls or ())) if flag]
+        spelled = " ".join(f"`{flag}`" for flag in flags) or f"`{info.metavar or name.upper()}`"
         default = parameter.default
         empty = default is inspect.Parameter.empty or default is None or default is False
         rows.append(
             [
                 spelled,
                 (info.help or "").replace("[default: 128]", "").strip(),
-                "" if empty else f"`{default}`",
+                "" if empty else "on" if default is True else f"`{default}`",
             ]
         )
     return table(["", "what it does", "default"], rows)
@@ -152,7 +157,7 @@ def parameters(verb: Callable[..., None]) -> str:
 
 def python_page() -> str:
     """The public names of the package."""
-    parts = ["# Python", marked(inspect.cleandoc(bitmill.__doc__ or "")).replace("    ", "    ")]
+    parts = ["# Python", marked((bitmill.__doc__ or "").strip())]
     for name in sorted(bitmill.__all__):
         public: Any = bitmill.__getattr__(name)
         about = marked(inspect.cleandoc(public.__doc__ or ""))

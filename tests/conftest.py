@@ -39,7 +39,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Client checks import programs that only their own environments have: elsewhere they are not even read."""
+    """Client checks import programs that only their own environments have: elsewhere they are not read."""
     if collection_path.parent.name != "oracles" or collection_path.suffix != ".py":
         return None
     wanted = config.getoption("markexpr") == "client"

@@ -105,11 +105,11 @@ class _Boundary:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
+    ) -> None:
         if error is None or isinstance(error, SystemExit):
             if isinstance(error, SystemExit) and error.code == exits.STOPPED:
                 say.note("\nstopped")
-            return False
+            return
         if self._debug:
             traceback.print_exception(kind, error, trace)
         if isinstance(error, BrokenPipeError):

@@ -98,7 +98,7 @@ def _one(name: str, json: bool) -> None:
     for axis in registry.AXES:
         if key.replace("-", "_") in registry.names(axis) and key.replace("_", "-") not in KNOWN:
             cls = registry.member(axis, key)
-            about = inspect.cleandoc(sys.modules[cls.__module__].__doc__ or "")
+            about = (sys.modules[cls.__module__].__doc__ or "").strip()
             if json:
                 say.emit({"axis": axis, **_part(key, cls), "about": about})
                 return
