@@ -57,7 +57,7 @@ def _checked_groups(settings: Mapping[str, Any], path: Path) -> list[tuple[list[
     groups = settings.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         raise BadFile("quantization_config has no config_groups", where=str(path))
-    checked = []
+    checked: list[tuple[list[str], Mapping[str, Any]]] = []
     for name, group in groups.items():
         targets = group.get("targets") if isinstance(group, dict) else None
         weights = group.get("weights") if isinstance(group, dict) else None
@@ -194,8 +194,11 @@ def _expected(grid: Grid, shape: tuple[int, int], plain: bool) -> Expected:
         shared: Expected = {"weight_global_scale": (("F32",), ((1,), ()))}
         return {**codes, "weight_scale": (("F8_E4M3",), ((out, columns // 16),)), **shared}
     tiles = (-(-out // 128), -(-columns // 128))
-    scales = {"channel": ((out, 1),), "tensor": ((1,), (), (1, 1))}.get(grid.scaling, (tiles,))
-    return {**codes, "weight_scale": (dense, scales)}
+    possible: dict[str, tuple[tuple[int, ...], ...]] = {
+        "channel": ((out, 1),),
+        "tensor": ((1,), (), (1, 1)),
+    }
+    return {**codes, "weight_scale": (dense, possible.get(grid.scaling, (tiles,)))}
 
 
 def _unpacked(

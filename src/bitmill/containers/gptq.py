@@ -147,8 +147,10 @@ def _settings(rows: Sequence[Row]) -> dict[str, Any]:
     if not placed:
         return {}
     grid = placed[0].grid
+    if not isinstance(grid, Integer):
+        raise ValueError(f"no layout holds {grid}")
     for row in placed:
-        if row.grid != grid or not isinstance(grid, Integer):
+        if row.grid != grid:
             raise Refused(
                 f"a GPTQ folder has one grid for all its layers, not {grid} and {row.grid}",
                 where=row.name,
@@ -186,7 +188,7 @@ def _skipped(rows: Sequence[Row], placed: Sequence[Row]) -> dict[str, Any]:
                 fix="keep=<role> for all blocks, or > compressed-tensors",
             )
     inside = list(dict.fromkeys(name.split(".layers.", 1)[1].split(".", 1)[1] for name in chosen))
-    skip = {f"-:{text}": {} for text, _ in patterns(left, layers)}
+    skip: dict[str, dict[str, Any]] = {f"-:{text}": {} for text, _ in patterns(left, layers)}
     return {"modules_in_block_to_quantize": [inside], "dynamic": skip}
 
 

@@ -49,7 +49,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Pr
     kind = str(facts.pop("model_type", ""))
     try:
         config = AutoConfig.for_model(kind, **facts)
-        family = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except (ValueError, KeyError) as error:
         raise Refused(
             f"transformers knows no causal language model {kind!r}", where=f"{checkpoint.path}: model_type"
