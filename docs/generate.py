@@ -172,6 +172,7 @@ def python_page() -> str:
 def tidy(signature: str) -> str:
     """A signature with one parameter a line where it is long."""
     signature = re.sub(r"'([^']*)'(?=[,)\s=]|$)", r"\1", signature)
+    signature = re.sub(r"<function [^>]*>* at 0x[0-9a-f]+>", "…", signature)
     if len(signature) <= 100:
         return signature
     head, _, rest = signature.partition("(")
