@@ -31,8 +31,11 @@ lint: $(VENV)/.linted ## style, types, and docs that are current
 clients: $(VENV)/.tested ## slower checks against other people's tools, each in an environment of its own
 	@PYTHON="$(PYTHON)" TORCH="$(TORCH)" MODEL="$(MODEL)" bash .ci/clients $(ARGS)
 
-bench: $(VENV)/.installed ## the ruler: methods side by side on the small model
-	$(PY) benchmarks/bench.py $(ARGS)
+bench: $(VENV)/.installed ## methods side by side on the small model; with PEERS=1 other people's tools too
+	$(PY) benchmarks/methods.py $(ARGS)
+	@if [ -n "$(PEERS)" ]; then \
+	  PYTHON="$(PYTHON)" sh benchmarks/setup_peers.sh out/benchmarks/peers && \
+	  for bench in gptq nf4 hqq llamacpp; do $(PY) benchmarks/bench_$$bench.py || exit 1; done; fi
 
 docs: $(VENV)/.installed ## write the pages that come from docstrings
 	$(PY) docs/generate.py
