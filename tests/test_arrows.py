@@ -32,7 +32,6 @@ ARROWS: dict[str, set[str]] = {
     "source": _FACTS,
     "recipe": _NUMERIC | {"allocation"},
     "journal": _BASE,
-    "folding": _NUMERIC | {"families"},
     "planning": _PLANNED,
     "mill": _MILLED,
     "run": _FACTS | {"source"},

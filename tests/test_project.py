@@ -59,6 +59,19 @@ def test_every_recipe_in_the_readme_parses() -> None:
         assert parse(recipe), recipe
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.toml")), ids=name)
+def test_example_recipes_parse(path: Path) -> None:
+    recipe = parse(str(path))
+    assert parse(str(recipe)) == recipe
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=name)
+def test_recipes_inside_examples_parse(path: Path) -> None:
+    found = re.findall(r'"([^"]+ : [^"]+ > [^"]+)"', path.read_text(encoding="utf-8"))
+    assert found and all(parse(recipe) for recipe in found)
+    compile(path.read_text(encoding="utf-8"), str(path), "exec")
+
+
 def test_every_member_has_a_page() -> None:
     for axis in registry.AXES:
         page = (ROOT / "docs" / f"{axis}.md").read_text(encoding="utf-8")
