@@ -140,7 +140,7 @@ def test_the_table_says_what_the_record_holds() -> None:
     said = printed(report.table(made.to_json()))
     low, high = made.summary.kld.ci95 or (0, 0)
     assert report.give(made.summary.kld.mean, (high - low) / 2) in said
-    assert "91.7 MB" in said and "4.500" in said and "(worst)" in said and "25.00 %" in said
+    assert "91.7 MB" in said and "4.500" in said and "(worst)" in said and "25 %" in said
     assert "[bold red]" in said
 
 

@@ -114,7 +114,7 @@ def rows_at_once(vocabulary: int) -> int:
 
 
 def _scored(reference: Tensor, quantized: Tensor, target: Tensor, window: Tensor, place: Tensor) -> Positions:
-    """Logits of one piece to numbers a position; float32 terms, float64 sums."""
+    """Logits of one piece to numbers a position: float32 terms, float64 sums."""
     finite = torch.isfinite(reference).all(-1) & torch.isfinite(quantized).all(-1)
     a = torch.where(finite[:, None], reference, 0.0)
     b = torch.where(finite[:, None], quantized, 0.0)

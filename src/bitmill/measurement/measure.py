@@ -156,7 +156,8 @@ def measure_all(
 _FOLDED = Note(
     "basis",
     "tensors",
-    "scales or rotations were folded into this model's weights: errors tensor by tensor say nothing",
+    "its norms are not the original's: scales, rotations or permutations were folded into the weights, "
+    "so that errors tensor by tensor say nothing",
 )
 
 

@@ -34,7 +34,7 @@ def percent(value: float | None, error: float | None = None) -> str:
     """A share as a percentage, with its error."""
     if value is None:
         return "?"
-    return f"{give(100 * value, None if error is None else 100 * error)} %"
+    return f"{100 * value:.3g} %" if error is None else f"{give(100 * value, 100 * error)} %"
 
 
 def half_width(kld: Plain) -> float | None:
@@ -58,6 +58,8 @@ def _significant(value: float) -> str:
     magnitude = math.floor(math.log10(abs(value)))
     if magnitude < -5:
         return f"{value:.2e}"
+    if magnitude < -3:
+        return f"{value:.{1 - magnitude}f}"
     return f"{value:.{max(0, 3 - magnitude)}f}"
 
 

@@ -140,16 +140,17 @@ def _compared(
     place = (0, 0, 0.0)
     step = max(1, _PIECE // max(columns, 1))
     for start in range(0, a.shape[0], step):
-        x, w = a[start : start + step].float(), b[start : start + step].float()
-        e = x - w
-        noise += float(e.square().sum(dtype=torch.float64))
-        signal += float(w.square().sum(dtype=torch.float64))
-        own += float(x.square().sum(dtype=torch.float64))
-        dot += float((x * w).sum(dtype=torch.float64))
-        peak = max(peak, float(e.abs().max()))
-        row, column, relative = _worst_place(e, w)
+        x, w = a[start : start + step].float().contiguous(), b[start : start + step].float().contiguous()
+        own += float(torch.dot(x.view(-1), x.view(-1)))
+        dot += float(torch.dot(x.view(-1), w.view(-1)))
+        x = x - w
+        peak = max(peak, float(x.abs().max()))
+        wrong, right = _segments(x), _segments(w)
+        noise += float(wrong.sum(dtype=torch.float64))
+        signal += float(right.sum(dtype=torch.float64))
+        row, segment, relative = _worst_place(wrong, right)
         if relative > place[2]:
-            place = (start + row, column, relative)
+            place = (start + row, segment * SEGMENT, relative)
     rms = math.sqrt(signal / max(a.numel(), 1))
     return TensorError(
         name=name,
@@ -166,14 +167,14 @@ def _compared(
     )
 
 
-def _worst_place(e: Tensor, w: Tensor) -> tuple[int, int, float]:
-    """Row, first column and relative error of the worst segment; segments of almost nothing do not count."""
-    columns = e.shape[1]
-    width = SEGMENT if columns % SEGMENT == 0 else columns
-    noise = e.reshape(e.shape[0], -1, width).square().sum(-1)
-    signal = w.reshape(w.shape[0], -1, width).square().sum(-1)
-    floor = 1e-3 * signal.mean()
-    ratio = torch.where(signal > floor, noise / signal.clamp_min(1e-30), 0.0)
+def _segments(x: Tensor) -> Tensor:
+    """Sum of squares of each segment of each row."""
+    columns = x.shape[1]
+    return x.square().view(x.shape[0], -1, SEGMENT if columns % SEGMENT == 0 else columns).sum(-1)
+
+
+def _worst_place(wrong: Tensor, right: Tensor) -> tuple[int, int, float]:
+    """Row, segment and relative error of the worst segment; segments of almost nothing do not count."""
+    ratio = torch.where(right > 1e-3 * right.mean(), wrong / right.clamp_min(1e-30), 0.0)
     at = int(ratio.argmax())
-    segments = ratio.shape[1]
-    return at // segments, at % segments * width, math.sqrt(float(ratio.reshape(-1)[at]))
+    return at // ratio.shape[1], at % ratio.shape[1], math.sqrt(float(ratio.reshape(-1)[at]))
