@@ -11,10 +11,12 @@ and prove nothing. The demo therefore stores them on another grid, Q4_0: 4 bits,
 (Rows are 576 wide, which no 256-wide K-quant divides; 32-wide types fit. The shared embedding and head get Q8_0.)
 
 EOF
-run() {
-  printf '$ bitmill'
-  printf ' %q' "$@" | sed "s/\\\\ / /g"
-  printf '\n'
+run() { # shows the command as one would type it, then runs it
+  local word shown='$ bitmill'
+  for word in "$@"; do
+    case $word in *" "*) shown+=" \"$word\"" ;; *) shown+=" $word" ;; esac
+  done
+  echo "$shown"
   bitmill "$@"
   echo
 }

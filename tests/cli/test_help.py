@@ -79,11 +79,19 @@ def test_no_output_is_refused_before_anything(command: Command) -> None:
     assert said.code == 2 and "-o" in said.err
 
 
+def stopped() -> Interrupted:
+    """What the mill raises on Ctrl-C."""
+    error = Interrupted("stopped", fix="the same command again")
+    error.__cause__ = KeyboardInterrupt()
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "code", "word"),
     [
         (KeyError("q_proj"), 2, "defect"),
-        (Interrupted("stopped", fix="the same command again"), 130, "the same command again"),
+        (Interrupted("the disk is full", fix="the same command again"), 2, "the same command again"),
+        (stopped(), 130, "the same command again"),
         (KeyboardInterrupt(), 130, "stopped"),
     ],
 )

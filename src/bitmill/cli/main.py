@@ -18,7 +18,7 @@ from bitmill.cli.measure import measure
 from bitmill.cli.plan import plan
 from bitmill.cli.quantize import quantize
 from bitmill.cli.recipes import recipes
-from bitmill.core.errors import BitmillError, Interrupted
+from bitmill.core.errors import BitmillError
 
 ABOUT = """Quantize any language model with any method into the file your runtime already loads, and measure
 what it cost.
@@ -121,7 +121,8 @@ class _Boundary:
             sys.exit(exits.STOPPED)
         if isinstance(error, BitmillError):
             say.note(f"bitmill: {error}")
-            sys.exit(exits.STOPPED if isinstance(error, Interrupted) else exits.FAILED)
+            asked = isinstance(error.__cause__, KeyboardInterrupt)  # a full disk is a failure
+            sys.exit(exits.STOPPED if asked else exits.FAILED)
         say.note(f"bitmill: {type(error).__name__}: {error}")
         say.note("  This is a defect of bitmill. Run the command again with --debug for the traceback.")
         sys.exit(exits.FAILED)
