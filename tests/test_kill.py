@@ -1,4 +1,4 @@
-"""kill -9 at every durable boundary and at random moments, then the same command: the same bytes, nothing left behind."""
+"""kill -9 at every durable boundary and at random moments, then the same command: the same bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from tests.tiny import make_model, tokens
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["bitmill.mill", "transformers", "tests.tiny"])
-RECIPES = {"file.gguf": "gptq : q4_0, embed=q8_0 > gguf", "folder": "gptq : int4-g32-asym > compressed-tensors"}
+RECIPES = {
+    "file.gguf": "gptq : q4_0, embed=q8_0 > gguf",
+    "folder": "gptq : int4-g32-asym > compressed-tensors",
+}
 
 
 def run(model: str, recipe: str, out: str, kill_at: int) -> None:

@@ -64,7 +64,9 @@ def test_bytes_are_the_plans_and_the_file_reads_back(recipe: str, model: Path, t
 def test_folding_leaves_the_function_as_it_was(family: str, transform: str, tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", family)
     source = open_source(str(model))
-    mill.quantize(source, f"{transform} + nearest : int8-g32-asym > bitmill", tmp_path / "out", calib=tokens())
+    mill.quantize(
+        source, f"{transform} + nearest : int8-g32-asym > bitmill", tmp_path / "out", calib=tokens()
+    )
     x = tokens(2, 32, seed=5)
     a, b = (s.logits(s.hidden(x)) for s in (Stream(source), Stream(open_source(str(tmp_path / "out")))))
     assert (a - b).abs().max() < 0.05 * a.abs().max()
@@ -81,7 +83,9 @@ def test_staged_and_two_pass_walks_solve_the_same_first_group(
     name = "model.layers.0.self_attn.q_proj.weight"
     assert (a.read(name) == b.read(name)).float().mean() > 0.99  # sums in another order may flip a tie
     later = "model.layers.0.mlp.down_proj.weight"
-    assert (a.read(later) == b.read(later)).float().mean() < 0.99  # staged: it has seen the error of the groups before it
+    assert (
+        a.read(later) == b.read(later)
+    ).float().mean() < 0.99  # staged: it has seen the error of the groups before it
 
 
 def test_calibrated_beats_plain_rounding(model: Path, tmp_path: Path) -> None:
@@ -150,7 +154,9 @@ def test_nan_weights_are_refused_and_nothing_stays(model: Path, tmp_path: Path) 
     assert [p.name for p in tmp_path.iterdir()] == ["broken"]
 
 
-def test_an_exploding_block_stops_the_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exploding_block_stops_the_run(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(mill, "EXPLOSION", 1e-6)
     with pytest.raises(Unsolvable, match="block 0"):
         mill.quantize(str(model), "gptq : int2-g32-asym > bitmill", tmp_path / "out", calib=tokens())
@@ -174,8 +180,13 @@ def test_an_architecture_without_a_table_is_calibrated_but_not_folded(tmp_path: 
     from tests.tiny import tokenizer
 
     config = StableLmConfig(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
-        vocab_size=len(tokenizer()), max_position_embeddings=128,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=len(tokenizer()),
+        max_position_embeddings=128,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")

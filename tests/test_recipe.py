@@ -64,7 +64,9 @@ def test_typos_are_refused_with_a_hint(text: str, part: str) -> None:
 
 def test_toml_files(tmp_path: Path) -> None:
     path = tmp_path / "r.toml"
-    path.write_text('transforms = ["awq"]\nsolver = "gptq(damp=0.02)"\ngrid = "int4-g64-asym"\nkeep = ["v"]\n')
+    path.write_text(
+        'transforms = ["awq"]\nsolver = "gptq(damp=0.02)"\ngrid = "int4-g64-asym"\nkeep = ["v"]\n'
+    )
     assert str(parse(str(path))) == "awq + gptq(damp=0.02) : int4-g64-asym, keep=v > compressed-tensors"
     path.write_text('recipe = "Q8_0"\n')
     assert parse(str(path)) == parse("q8_0")

@@ -1,4 +1,4 @@
-"""Small random models of every family, with a real byte-level tokenizer: complete folders in well under a second."""
+"""Small random models of every family, with a real byte-level tokenizer: whole folders in a second."""
 
 from __future__ import annotations
 
@@ -67,9 +67,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(
-    folder: Path, family: str = "llama", *, tied: bool = True, dtype: str = "float32", seed: int = 0, **sizes: Any
+    folder: Path,
+    family: str = "llama",
+    *,
+    tied: bool = True,
+    dtype: str = "float32",
+    seed: int = 0,
+    **sizes: Any,
 ) -> Path:
-    """Write a random model of ``family`` into ``folder``: weights with a few strong channels, norms off one."""
+    """Write a random model of ``family`` into ``folder``: a few strong channels, norms off one."""
     torch.manual_seed(seed)
     vocab = len(tokenizer())
     config = CONFIGS[family](**{**SIZES, **sizes}, vocab_size=vocab, tie_word_embeddings=tied)

@@ -1,8 +1,8 @@
-"""Bitmill: quantize any language model with any method into the file your runtime already loads, and measure the cost.
+"""Bitmill: quantize any language model with any method into the file your runtime loads; measure the cost.
 
-    import bitmill
-    bitmill.quantize("smollm2", "gptq : q4_0 > gguf", out="smollm2.gguf")
-    bitmill.measure("smollm2.gguf", against="smollm2")
+import bitmill
+bitmill.quantize("smollm2", "gptq : q4_0 > gguf", out="smollm2.gguf")
+bitmill.measure("smollm2.gguf", against="smollm2")
 """
 
 from __future__ import annotations
@@ -22,7 +22,17 @@ _PUBLIC = {
     "measure": "bitmill.measurement.measure",
 }
 
-__all__ = sorted(_PUBLIC)
+__all__ = [
+    "Plan",
+    "Recipe",
+    "Report",
+    "load",
+    "measure",
+    "open_source",
+    "parse",
+    "plan",
+    "quantize",
+]
 
 
 def __getattr__(name: str) -> Any:

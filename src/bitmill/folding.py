@@ -1,6 +1,7 @@
 """Folding a change of basis exactly into the weights around a seam; the network's function does not change.
 
-With ``h' = h R``: a reader ``W`` becomes ``R.read(W)``, a writer ``R.write(W)``. A norm is a writer that only takes
+With ``h' = h R``: a reader ``W`` becomes ``R.read(W)``, a writer ``R.write(W)``. A norm is a writer that
+only takes
 diagonals, so an orthogonal map on the residual stream first moves every norm's weight into its readers.
 """
 
@@ -40,13 +41,13 @@ class FixedFold:
         return self.residual is None and not self.value
 
     def source_name(self, name: str) -> str:
-        """The tensor of the source that ``name`` is made from: a rotated tied head is made from the embedding."""
+        """The source tensor that ``name`` is made from: the embedding, for a rotated tied head."""
         if self.tied and self.residual is not None and self.family.role(name)[0] == "head":
             return f"{self.family.module('embed', None)}.weight"
         return name
 
     def apply(self, name: str, rows: Tensor, read: Read) -> Tensor:
-        """``rows`` (all rows of ``name``, or some of an embedding's or head's) after every fixed map, float32."""
+        """``rows`` of ``name`` (some of them, of an embedding or head) after every fixed map, float32."""
         if self.identity:
             return rows
         stem, _, kind = name.rpartition(".")
@@ -64,7 +65,9 @@ class FixedFold:
     def _residual(
         self, role: str, layer: int | None, kind: str, rows: Tensor, read: Read, map_: LinearMap
     ) -> Tensor:
-        norms = {reader: s.writers[0] for s in self.family.seams if s.name.endswith("_in") for reader in s.readers}
+        norms = {
+            reader: s.writers[0] for s in self.family.seams if s.name.endswith("_in") for reader in s.readers
+        }
         norms["head"] = "final_norm"
         if role in norms.values():
             return torch.full_like(rows, 1.0 - self.family.norm_offset)

@@ -1,7 +1,9 @@
 """What is done and safe on disk: preallocated files, a journal whose line is always written last, and resume.
 
-Order of a unit: its bytes, fsync; the live activations to a temporary file, fsync, rename, fsync of the folder;
-then the journal line, fsync. A line therefore vouches for everything before it. The output appears by one rename.
+Order of a unit: its bytes, fsync; the live activations to a temporary file, fsync, rename, fsync of the
+folder;
+then the journal line, fsync. A line therefore vouches for everything before it. The output appears by one
+rename.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ class Workspace:
         """Take the folder, start or resume; the records of the units that are done.
 
         Raises:
-            Refused: another run holds the folder, or it belongs to another recipe or source (the field is named).
+            Refused: another run holds the folder, or it belongs to another recipe or source (the field is
+            named).
         """
         with _disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +88,9 @@ class Workspace:
         self._hash.update(data)
         self._written.append((slot, at, len(data)))
 
-    def finish_unit(self, unit: str, record: Mapping[str, Any], live: Mapping[str, Tensor] | None = None) -> None:
+    def finish_unit(
+        self, unit: str, record: Mapping[str, Any], live: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Make everything written since the last unit durable, then say so in the journal."""
         self._boundary(f"{unit}: written")
         with _disk_errors(self.folder):
@@ -101,7 +106,7 @@ class Workspace:
         self._hash, self._written = hashlib.sha256(), []
 
     def load_live(self, name: str) -> dict[str, Tensor]:
-        """Activations a finished unit left behind, in fresh memory (a mapped file's alignment could change sums)."""
+        """Activations a finished unit left, in fresh memory: a mapped file's alignment could change sums."""
         with safe_open(self.folder / name, framework="pt") as file:
             return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
 
@@ -168,7 +173,9 @@ class Workspace:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise Refused(
-                "another run is writing this output", where=str(self.folder), fix="wait for it, or choose another -o"
+                "another run is writing this output",
+                where=str(self.folder),
+                fix="wait for it, or choose another -o",
             ) from error
 
     def _start(self, identity: Mapping[str, Any]) -> None:
@@ -325,8 +332,12 @@ class _disk_errors:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise Interrupted("the disk is full", where=str(self._folder), fix=f"free some space, then {RESUME}") from error
+            raise Interrupted(
+                "the disk is full", where=str(self._folder), fix=f"free some space, then {RESUME}"
+            ) from error
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise Refused("cannot write here", where=str(self._folder), fix="choose another -o") from error
         if isinstance(error, SafetensorError):
-            raise Interrupted(f"cannot write activations: {error}", where=str(self._folder), fix=RESUME) from error
+            raise Interrupted(
+                f"cannot write activations: {error}", where=str(self._folder), fix=RESUME
+            ) from error

@@ -1,9 +1,12 @@
 """The one loop: plan → file. Walk the blocks once, fold the transforms, solve, lay out, journal, go on.
 
-Two ways to walk a calibrated block, chosen by memory alone. *Staged*: every calibration token goes through the block at
+Two ways to walk a calibrated block, chosen by memory alone. *Staged*: every calibration token goes through
+the block at
 once, and each group of linears is solved the moment its input exists, so that later groups see the error of
-earlier ones and the block runs a single time. *Two passes*: moments of the dense block in micro-batches, solve,
-then the quantized block's outputs. A fitted transform needs the moments of the whole block first, hence two passes.
+earlier ones and the block runs a single time. *Two passes*: moments of the dense block in micro-batches,
+solve,
+then the quantized block's outputs. A fitted transform needs the moments of the whole block first, hence two
+passes.
 """
 
 from __future__ import annotations
@@ -34,7 +37,9 @@ from bitmill.source import open_source
 
 Progress = Callable[[str, int, int, str], None]
 CHUNK = 1 << 24  # weights converted to float32 at a time outside the blocks: 64 MiB
-MICRO_TOKENS = 4096  # tokens a forward pass carries: large enough for full speed, small enough to stay in cache
+MICRO_TOKENS = (
+    4096  # tokens a forward pass carries: large enough for full speed, small enough to stay in cache
+)
 STACK_PROBE = 48  # rows of a trial weight: no multiple of any tile, so that a tile's parameters show
 EXPLOSION = 10.0  # a block whose output error is ten times its own contribution has stopped being that block
 
@@ -48,7 +53,8 @@ class Report:
         plan: the plan's plain values.
         calibration: source, counts and hash of the tokens.
         notes: everything that did not go as asked.
-        tensors: error of each solved weight: ``relative`` (Frobenius), ``weighted`` (by mean square of the input).
+        tensors: error of each solved weight: ``relative`` (Frobenius), ``weighted`` (by mean square of the
+        input).
         blocks: output error of each block relative to its own contribution, when it was run.
         seconds: wall time of this process.
         resumed: units taken over from an interrupted run.
@@ -111,7 +117,8 @@ def quantize(
         model: a folder, a ``.gguf`` file, a hub id, ``smollm2``, or an open checkpoint.
         recipe: a known name, a one-line recipe, a TOML file.
         out: a file or folder that does not exist yet (or ``force``).
-        calib: texts to calibrate on (files, data set names), token ids ``n T``; None takes the default mixture.
+        calib: texts to calibrate on (files, data set names), token ids ``n T``; None takes the default
+        mixture.
         nsamples, seqlen, seed, chat: how many windows, how long, drawn how, through the chat template or not.
         moments: moments taken before, instead of calibrating.
         save: where to keep this run's moments.
@@ -142,7 +149,9 @@ def quantize(
         )
     identity = {
         **made.identity(),
-        "calibration": tokens_digest(calibration.tokens) if calibration.tokens.numel() else facts.get("sha256", ""),
+        "calibration": tokens_digest(calibration.tokens)
+        if calibration.tokens.numel()
+        else facts.get("sha256", ""),
         "device": device,
     }
     space = Workspace(out, made.files, made.container.single_file, boundary)
@@ -182,7 +191,10 @@ def _refuse_existing(out: Path, made: Plan, force: bool) -> None:
         return
     recorded = report_path(out)
     unfinished = out.with_name(out.name + ".partial").is_dir()
-    ours = recorded.is_file() and json.loads(recorded.read_text(encoding="utf-8"))["plan"]["digest"] == made.digest
+    ours = (
+        recorded.is_file()
+        and json.loads(recorded.read_text(encoding="utf-8"))["plan"]["digest"] == made.digest
+    )
     if not ours and not unfinished:
         raise Refused(f"{str(out)!r} exists", fix="add --force to replace it, or choose another -o")
 
@@ -196,8 +208,13 @@ def _already_there(out: Path, space: Workspace, identity: Mapping[str, Any], for
     known = json.loads(recorded.read_text(encoding="utf-8")) if recorded.is_file() else {}
     if known.get("identity") != json.loads(json.dumps(identity)):
         raise Refused(f"{str(out)!r} exists", fix="add --force to replace it, or choose another -o")
-    fields = {k: known[k] for k in ("path", "plan", "calibration", "tensors", "blocks", "seconds", "identity")}
-    notes = (*(Note(**n) for n in known["notes"]), Note("present", str(out), "this very command had finished it"))
+    fields = {
+        k: known[k] for k in ("path", "plan", "calibration", "tensors", "blocks", "seconds", "identity")
+    }
+    notes = (
+        *(Note(**n) for n in known["notes"]),
+        Note("present", str(out), "this very command had finished it"),
+    )
     return Report(**fields, notes=notes, resumed=known["resumed"])
 
 
@@ -211,10 +228,14 @@ def _refuse_foreign_moments(
     missing = [row.name for row in made.rows if row.solved and row.name not in known]
     if missing:
         raise Refused(
-            f"the moments file lacks {len(missing)} of the weights to place", where=missing[0], fix="take them again"
+            f"the moments file lacks {len(missing)} of the weights to place",
+            where=missing[0],
+            fix="take them again",
         )
     if made.needs == "gram" and any(known[row.name].gram is None for row in made.rows if row.solved):
-        raise Refused("these moments hold no Gram matrices, and the recipe needs them", fix="take them again with gptq")
+        raise Refused(
+            "these moments hold no Gram matrices, and the recipe needs them", fix="take them again with gptq"
+        )
 
 
 @dataclass
@@ -279,7 +300,7 @@ class Walk:
         )
 
     def verify_sample(self) -> None:
-        """Open what was written as any reader would, and compare a few rows of each role with what was solved.
+        """Open what was written as any reader would; compare a few rows of each role with what was solved.
 
         Raises:
             Unsolvable: the bytes do not decode to the solution; the output never appears.
@@ -333,8 +354,8 @@ class Walk:
                 self._read(row.name)  # raises with the count
             part = self.fold.apply(row.name, part, self.source.read)
             quantized = row.grid.round(part.float())
-            size = {"shape": (part.shape[0], *row.shape[1:])}
-            for slot, data in self.container.pack(replace(row, **size), quantized, self.source).items():
+            piece = replace(row, shape=(part.shape[0], *row.shape[1:]))
+            for slot, data in self.container.pack(piece, quantized, self.source).items():
                 self.space.write(slot, data, at if not whole else 0)
                 at += len(data)
 
@@ -402,7 +423,9 @@ class Walk:
         self, block: Block, rows: Sequence[Row], tensors: dict[str, Tensor], hidden: Tensor
     ) -> Tensor:
         before = block.forward(hidden[:1])
-        groups = {group[0].name.removeprefix(block.prefix): group for group in self._groups(block, rows, hidden)}
+        groups = {
+            group[0].name.removeprefix(block.prefix): group for group in self._groups(block, rows, hidden)
+        }
 
         def solve_group(group: Sequence[Row]) -> Callable[[Tensor], None]:
             def see(x: Tensor) -> None:
@@ -420,14 +443,15 @@ class Walk:
 
     def _groups(self, block: Block, rows: Sequence[Row], hidden: Tensor) -> list[list[Row]]:
         """Solved rows grouped by the input they share, in the order the block runs them."""
-        by_path = {row.name.removeprefix(block.prefix).removesuffix(".weight"): row for row in rows if row.solved}
+        by_path = {
+            row.name.removeprefix(block.prefix).removesuffix(".weight"): row for row in rows if row.solved
+        }
         groups = [[by_path[p] for p in paths if p in by_path] for paths in block.shared_inputs(hidden[:1])]
         seen = {row.name for group in groups for row in group}
         lost = [row.name for row in by_path.values() if row.name not in seen]
         if lost:
             raise Refused(
-                f"{len(lost)} weights take no part in the forward pass of block {block.index}, so nothing can be "
-                "learned of their inputs",
+                f"{len(lost)} weights take no part in block {block.index}'s forward pass",
                 where=lost[0],
                 fix="keep them, or use a solver that needs no calibration (nearest, hqq, clip)",
             )
@@ -480,13 +504,16 @@ class Walk:
                 if len(readers) != len(seam.readers):
                     continue
                 problems = [
-                    (Problem(row.name, row.role, tensors[row.name], moments[row.name]), row.grid) for row in readers
+                    (Problem(row.name, row.role, tensors[row.name], moments[row.name]), row.grid)
+                    for row in readers
                 ]
                 map_, gain = transform.fit(seam, index, readers[0].shape[1], problems)
                 tensors.update(fold_diagonal(family, seam, map_, index, tensors))
                 changed = map_.moments(moments[readers[0].name])
                 moments = {**moments, **{row.name: changed for row in readers}}
-                self.notes.append(Note("transform", f"block {index} {seam_name}", f"{name}: error x {gain or 1:.3f}", gain))
+                self.notes.append(
+                    Note("transform", f"block {index} {seam_name}", f"{name}: error x {gain or 1:.3f}", gain)
+                )
         return moments
 
     def _solve(
@@ -494,8 +521,8 @@ class Walk:
     ) -> dict[str, Tensor]:
         """Place the rows of one group, write them, and hand back their dense values.
 
-        Rows on the same row-wise grid are stacked: one factorization and one pass serve q, k and v, and a value the
-        whole stack shares (NVFP4's gain) is the one that runtimes with fused projections demand.
+        Rows on the same row-wise grid are stacked: one factorization and one pass serve q, k and v, and a
+        value the whole stack shares (NVFP4's gain) is the one that runtimes with fused projections demand.
         """
         stacks: dict[str, list[Row]] = {}
         for row in rows:
@@ -517,7 +544,7 @@ class Walk:
         return values
 
     def _stackable(self, row: Row) -> bool:
-        """Whether rows of several weights may be solved as one: each parameter is a row's own, or a single value."""
+        """Whether weights may be solved as one: each parameter is a row's own, or a single value."""
         key = str(row.grid)
         if key not in self._stacks:
             shape = (STACK_PROBE, row.shape[1])
@@ -529,7 +556,9 @@ class Walk:
         error = dense - weight
         if not all_finite(error):
             raise Unsolvable(
-                "the quantized weight has non-finite values", where=row.name, fix="raise the damping, or use nearest"
+                "the quantized weight has non-finite values",
+                where=row.name,
+                fix="raise the damping, or use nearest",
             )
         record = {"relative": float(error.norm() / weight.norm().clamp_min(1e-30))}
         if moments is not None:
@@ -553,12 +582,13 @@ class Walk:
         self.blocks[f"block {index}"] = error
         if not torch.isfinite(after).all() or error > EXPLOSION:
             worst = max(
-                ((n, e["relative"]) for n, e in self.tensors.items() if f".layers.{index}." in n), key=lambda p: p[1]
+                ((n, e["relative"]) for n, e in self.tensors.items() if f".layers.{index}." in n),
+                key=lambda p: p[1],
             )
             raise Unsolvable(
                 f"the output of block {index} is off by {error:.3g} times its own contribution",
                 where=f"block {index}; its worst weight is {worst[0]} (relative error {worst[1]:.3g})",
-                fix="more bits or smaller groups; more calibration text; for gptq a larger damp, e.g. gptq(damp=0.1)",
+                fix="more bits, smaller groups, more calibration text, or more damping, e.g. gptq(damp=0.1)",
             )
 
     def _journal(self, unit: str, before: int, hidden: Tensor | None) -> None:
@@ -635,4 +665,3 @@ def _unstacked(stack: Sequence[Row], quantized: Quantized) -> list[Quantized]:
         parts.append(replace(quantized, codes=quantized.codes[start:stop], params=params, shape=shape))
         start = stop
     return parts
-

@@ -1,7 +1,7 @@
 """A plan: a recipe resolved against one checkpoint before any weight is read.
 
-Everything a user can get wrong is refused here, with what would work; the predicted bytes are the files' bytes, because
-the same file images are what the mill writes.
+Everything a user can get wrong is refused here, with what would work; the predicted bytes are the files'
+bytes, because the same file images are what the mill writes.
 """
 
 from __future__ import annotations
@@ -103,13 +103,16 @@ class Plan:
             kinds = Counter(f"{r.fallback} -> {r.grid}" for r in self.fallbacks)
             listed = ", ".join(f"{n} x {kind}" for kind, n in kinds.most_common())
             lines.insert(
-                0, f"shapes force another type on {share:.1%} of the weights ({listed}); --strict refuses this"
+                0,
+                f"shapes force another type on {share:.1%} of the weights ({listed}); --strict refuses this",
             )
         lines += self.remarks
         lines.append(
-            f"{self.bytes_:,} bytes, {self.bpw:.3f} bits a weight ({self.bpw_linears:.3f} in the linear layers)"
+            f"{self.bytes_:,} bytes, {self.bpw:.3f} bits a weight ({self.bpw_linears:.3f} in the linears)"
         )
-        lines.append(f"about {self.peak_bytes / 2**30:.1f} GiB of memory and {_minutes(self.seconds)} (modelled)")
+        lines.append(
+            f"about {self.peak_bytes / 2**30:.1f} GiB of memory and {_minutes(self.seconds)} (modelled)"
+        )
         return tuple(lines)
 
     @property
@@ -137,8 +140,12 @@ class Plan:
         """
         for row in self.rows:
             if row.name == name:
-                return f"{row.name}: {row.grid} ({row.why})" + (f", instead of {row.fallback}" if row.fallback else "")
-        raise Refused(f"the model has no tensor {name!r}", fix="names are Hugging Face's, see `bitmill plan --json`")
+                return f"{row.name}: {row.grid} ({row.why})" + (
+                    f", instead of {row.fallback}" if row.fallback else ""
+                )
+        raise Refused(
+            f"the model has no tensor {name!r}", fix="names are Hugging Face's, see `bitmill plan --json`"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The whole plan as plain values."""
@@ -217,7 +224,18 @@ def plan(
     calibration = (nsamples, seqlen) if needs != "nothing" else (0, 0)
     peak, seconds = _cost(rows, checkpoint.config, needs, *calibration)
     return Plan(
-        recipe, family, rows, files, container, checkpoint.digest, dtype, *calibration, needs, peak, seconds, remarks
+        recipe,
+        family,
+        rows,
+        files,
+        container,
+        checkpoint.digest,
+        dtype,
+        *calibration,
+        needs,
+        peak,
+        seconds,
+        remarks,
     )
 
 
@@ -232,7 +250,10 @@ def source_dtype(checkpoint: Checkpoint) -> str:
 
 def staged_bytes(config: Mapping[str, Any], tokens: int) -> int:
     """Activations alive at once when a whole block sees every calibration token in one pass."""
-    width, middle = int(config["hidden_size"]), int(config.get("intermediate_size") or 4 * config["hidden_size"])
+    width, middle = (
+        int(config["hidden_size"]),
+        int(config.get("intermediate_size") or 4 * config["hidden_size"]),
+    )
     return tokens * (6 * width + 3 * middle) * 4
 
 
@@ -257,15 +278,21 @@ def _transform_remarks(recipe: Recipe, family: Family, checkpoint: Checkpoint) -
         for name in transform.seams():
             seam = family.seam(name)
             if seam is None or transform.kind not in seam.allows:
-                remarks.append(f"{call.name}: {family.name} has no {name} seam that takes a {transform.kind} map; skipped")
+                remarks.append(
+                    f"{call.name}: {family.name} has no {name} seam for a {transform.kind} map; skipped"
+                )
             elif name == "value" and transform.kind == "diagonal" and not _one_to_one(checkpoint.config):
-                remarks.append(f"{call.name}: the value seam is skipped, its heads are shared between queries")
+                remarks.append(
+                    f"{call.name}: the value seam is skipped, its heads are shared between queries"
+                )
             else:
                 usable.append(name)
         if not usable:
             raise Refused(f"{call.name} finds no seam to fold at in {family.name}", fix=f"drop {call.name}")
     if _needs_own_head(recipe, family, checkpoint.tensors):
-        remarks.append("the tied head gets a matrix of its own: a rotated embedding and a rotated head differ")
+        remarks.append(
+            "the tied head gets a matrix of its own: a rotated embedding and a rotated head differ"
+        )
     return tuple(remarks)
 
 
@@ -322,7 +349,9 @@ def _placed(recipe: Recipe, container: Container, weight: Weight, choice: Choice
             where=weight.name,
             fix=f"say what such weights get instead, e.g. fallback={_roomy(grid)}, or keep={weight.role}",
         )
-    return Row(weight.name, weight.role, weight.layer, weight.shape, grid, weight.role in LINEAR_ROLES, why, fallback)
+    return Row(
+        weight.name, weight.role, weight.layer, weight.shape, grid, weight.role in LINEAR_ROLES, why, fallback
+    )
 
 
 def _roomy(grid: Grid) -> str:
@@ -330,17 +359,20 @@ def _roomy(grid: Grid) -> str:
     return "q8_0" if str(grid).startswith("q") else "int8-channel-sym"
 
 
-def _refuse_rows(recipe: Recipe, rows: Sequence[Row], container: Container, solver: Any, strict: bool) -> None:
+def _refuse_rows(
+    recipe: Recipe, rows: Sequence[Row], container: Container, solver: Any, strict: bool
+) -> None:
     for row in rows:
         reason = container.refuses(row.grid, row.role, row.shape)
         if reason is not None:
             raise Refused(
-                f"{recipe.container.replace('_', '-')} cannot hold {row.grid} as {row.role}: {reason}", where=row.name
+                f"{recipe.container.replace('_', '-')} cannot hold {row.grid} as {row.role}: {reason}",
+                where=row.name,
             )
         reason = solver.refuses(row.grid) if row.solved else None
         if reason is not None:
             raise Refused(f"{recipe.solver} cannot place weights on {row.grid}: {reason}", where=row.name)
-    if not any(row.solved for row in rows) and not str(recipe.grid).lower() in BYTES:
+    if not any(row.solved for row in rows) and str(recipe.grid).lower() not in BYTES:
         raise Refused(
             "the recipe leaves every weight as it is",
             fix="shorten keep=…, or check that this architecture's weights are under model.layers",
@@ -364,7 +396,9 @@ def _refuse_folder(out: Path, bytes_: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < bytes_ + (64 << 20):
         raise Refused(
-            f"{bytes_:,} bytes to write and {free:,} free", where=str(folder), fix="free some space, or choose another -o"
+            f"{bytes_:,} bytes to write and {free:,} free",
+            where=str(folder),
+            fix="free some space, or choose another -o",
         )
 
 
@@ -396,4 +430,3 @@ def _cost(
 
 def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-

@@ -21,7 +21,7 @@ from typing import Any
 
 from bitmill.allocation.mixture import Mixture
 from bitmill.core import registry
-from bitmill.core.axes import Grid, Solver, Transform
+from bitmill.core.axes import Solver, Transform
 from bitmill.core.errors import BadRecipe
 
 if sys.version_info >= (3, 11):
@@ -32,7 +32,7 @@ else:
 Value = bool | int | float | str
 
 ROLES = ("embed", "head", "q", "k", "v", "o", "gate", "up", "down", "router", "linear")
-"""Roles that an option may name: ``embed=q8_0`` stores them on another grid, ``keep=v+down`` leaves them dense."""
+"""Roles that an option may name: ``embed=q8_0`` on another grid, ``keep=v+down`` left dense."""
 
 DTYPES = ("f32", "f16", "bf16")
 
@@ -185,13 +185,19 @@ def _with_options(
                 raise BadRecipe(f"dtype={value!r}", fix=f"one of {', '.join(DTYPES)}")
             fields["dtype"] = value
         else:
-            raise BadRecipe(f"unknown option {key!r}", where=option, fix=_closest(key, [*ROLES, "keep", "fallback", "dtype"]))
+            raise BadRecipe(
+                f"unknown option {key!r}",
+                where=option,
+                fix=_closest(key, [*ROLES, "keep", "fallback", "dtype"]),
+            )
     name = _container(container, grid)
     return Recipe(transforms, solver, grid, name, tuple(roles), **fields)
 
 
 def from_toml(path: Path) -> Recipe:
-    """A recipe file: ``recipe = "…"``, or the keys ``transforms solver grid container keep fallback dtype`` and a
+    """A recipe from a file.
+
+    It holds ``recipe = "…"``, or the keys ``transforms solver grid container keep fallback dtype`` and a
     table ``[roles]``. Unknown keys are errors.
 
     Raises:
@@ -210,9 +216,13 @@ def from_toml(path: Path) -> Recipe:
     if "recipe" in table:
         return parse(str(table["recipe"]))
     if "grid" not in table:
-        raise BadRecipe("the file names no grid", where=str(path), fix='add a line such as grid = "int4-g128-asym"')
+        raise BadRecipe(
+            "the file names no grid", where=str(path), fix='add a line such as grid = "int4-g128-asym"'
+        )
     transforms = table.get("transforms", [])
-    axes = " + ".join([*(transforms if isinstance(transforms, list) else [transforms]), table.get("solver", "nearest")])
+    axes = " + ".join(
+        [*(transforms if isinstance(transforms, list) else [transforms]), table.get("solver", "nearest")]
+    )
     options = [f"{role}={grid}" for role, grid in table.get("roles", {}).items()]
     keep = table.get("keep", [])
     options += [f"keep={'+'.join(keep if isinstance(keep, list) else [keep])}"] if keep else []
@@ -282,24 +292,18 @@ def _grid_text(text: str, solver: Solver) -> str:
     mixtures = {name.lower(): name for name in Mixture.names()}
     lowered = text.strip().lower()
     named = mixtures.get(lowered) or mixtures.get(lowered.replace("-", "_"))
-    if named is not None:  # q4_0 is both a block type and llama.cpp's mixture of that name: the mixture is meant
+    if (
+        named is not None
+    ):  # q4_0 is both a block type and llama.cpp's mixture of that name: the mixture is meant
         return named
     if not lowered:
         raise BadRecipe("the recipe names no grid", fix="for example: gptq : int4-g128-asym")
     return str(registry.parse_grid(solver.prefers(lowered)))
 
 
-def _find_grid(text: str) -> Grid | None:
-    for cls in registry.members("grids").values():
-        grid = cls.parse(text)
-        if grid is not None:
-            return grid
-    return None
-
-
 def _is_grid(text: str) -> bool:
     lowered = text.strip().lower()
-    return _find_grid(lowered) is not None or lowered in {n.lower() for n in Mixture.names()}
+    return registry.find_grid(lowered) is not None or lowered in {n.lower() for n in Mixture.names()}
 
 
 def _container(text: str, grid: str) -> str:

@@ -1,7 +1,7 @@
 """Streaming moments of a linear layer's input: Gram, mean square, mean and largest magnitude, in float32.
 
-They are sums over tokens, so parts taken on different texts or machines merge by addition. The file is safetensors; a
-group of layers that share an input (q, k and v) is stored once.
+They are sums over tokens, so parts taken on different texts or machines merge by addition. The file is
+safetensors; a group of layers that share an input (q, k and v) is stored once.
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ class MomentSum:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self) -> None:
-        zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float32, device=self.device)
         self.tokens = 0
-        self._square, self._magnitude, self._absmax = (zeros(self.width) for _ in range(3))
-        self._gram = zeros(self.width, self.width) if self.gram else None
+        self._square, self._magnitude, self._absmax = (self._zeros(self.width) for _ in range(3))
+        self._gram = self._zeros(self.width, self.width) if self.gram else None
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=torch.float32, device=self.device)
 
     def add(self, x: Tensor, where: str) -> None:
         """Add ``tokens in`` activations.
@@ -55,7 +57,7 @@ class MomentSum:
             raise Unsolvable(
                 f"{bad} of {x.numel()} activations are NaN or infinite",
                 where=f"input of {where}",
-                fix="calibrate in float32 (--device cpu), and check that the source model itself produces finite logits",
+                fix="check that the source model itself produces finite logits; calibrate with --device cpu",
             )
         self.tokens += x.shape[0]
         self._absmax = torch.maximum(self._absmax, peak)
@@ -75,7 +77,7 @@ class MomentSum:
 
 
 def _add_upper(gram: Tensor, x: Tensor, start: int, stop: int) -> None:
-    """Add ``xᵀx`` to the upper triangle only, by halves: 5/8 of the work of the full product at four leaves."""
+    """Add ``xᵀx`` to the upper triangle only, by halves: 5/8 of the full product's work at four leaves."""
     if stop - start <= _LEAF:
         part = x[:, start:stop]
         gram[start:stop, start:stop].addmm_(part.T, part)

@@ -92,9 +92,11 @@ def _sampled(checkpoint: Checkpoint, tokens: int, seed: int, device: str, tell: 
     for group in prompts:
         for batch in group.split(BATCH) if len(group) else ():
             before = len(documents) * DOCUMENT
-            ids = _continued(
-                model, batch, len(tokenizer), generator, lambda n, b=before: tell("sample", b + n, total, "")
-            )
+
+            def told(done: int, before: int = before) -> None:
+                tell("sample", before + done, total, "")
+
+            ids = _continued(model, batch, len(tokenizer), generator, told)
             documents += tokenizer.batch_decode(ids, skip_special_tokens=False)
     tell("sample", total, total, f"{count} documents")
     return tuple(documents)
@@ -169,7 +171,7 @@ def dense_model(checkpoint: Checkpoint, device: str) -> PreTrainedModel:
     kind = str(facts.pop("model_type", ""))
     try:
         config = AutoConfig.for_model(kind, **facts)
-        architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except (ValueError, KeyError) as error:
         raise Refused(f"transformers knows no causal language model {kind!r}") from error
     weights = {name: checkpoint.read(name).to(dtype) for name in checkpoint.tensors}

@@ -1,8 +1,8 @@
 """A model as a stream of blocks: transformers' own decoder layers, built empty and filled one at a time.
 
 Any causal model that transformers knows runs here without a line of ours about its architecture: the body is
-built on the meta device, its forward is called once with the layers replaced by recorders, and what each layer
-was called with (positions, masks) is kept. Memory is one block and the hidden states.
+built on the meta device, its forward is called once with the layers replaced by recorders, and what each
+layer was called with (positions, masks) is kept. Memory is one block and the hidden states.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Block:
         return [tuple(paths) for _, paths in seen]
 
     def watched(self, hidden: Tensor, hooks: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Tensor:
-        """:meth:`forward` while ``hooks[path]`` sees (and may replace) the input of the linear at ``path``."""
+        """:meth:`forward` while ``hooks[path]`` sees, and may replace, the input of linear ``path``."""
 
         def wrap(see: Callable[[Tensor], Tensor | None]) -> Callable[[nn.Module, tuple[Tensor, ...]], Any]:
             def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -150,7 +150,7 @@ class Stream:
             )
         module = copy.copy(module)
         module._parameters = {}
-        module.padding_idx = None
+        setattr(module, "padding_idx", None)  # noqa: B010  it would have to be a row of the small table
         module.weight = nn.Parameter(table[rows].to(self.device, self.dtype), requires_grad=False)
         with torch.no_grad():
             return module(index.to(self.device)).clone()
@@ -171,7 +171,7 @@ class Stream:
     def hidden(
         self, tokens: Tensor, batch: int = 8, after: Callable[[Tensor, int], Tensor] | None = None
     ) -> Tensor:
-        """Hidden states ``n T H`` after the last block; ``after(hidden, index)`` may change them on the way."""
+        """Hidden states ``n T H`` after the last block; ``after(hidden, index)`` may change each."""
         hidden = self.embed(tokens)
         for block in self.blocks():
             hidden = block.run(hidden, batch)
@@ -180,7 +180,7 @@ class Stream:
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits ``… V`` of hidden states ``… H``: final norm, head, and the model's own scaling of them."""
+        """Float32 logits ``… V`` of hidden states ``… H``: final norm, head, the model's own scaling."""
         norm = copy.deepcopy(self._model.get_submodule(self._norm_path))
         for name, _ in list(norm.named_parameters()):
             _assign(norm, name, self._tensor(f"{self._norm_path}.{name}"), self.device, self.dtype)
@@ -290,7 +290,9 @@ def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 def _final_norm_path(model: PreTrainedModel, layers_path: str) -> str:
     body_path = layers_path.rpartition(".")[0]
     candidates = [
-        name for name, _ in model.get_submodule(body_path).named_children() if name.endswith("norm") or "norm" in name
+        name
+        for name, _ in model.get_submodule(body_path).named_children()
+        if name.endswith("norm") or "norm" in name
     ]
     if not candidates:
         raise Refused(f"{type(model).__name__} has no final norm beside its blocks")

@@ -1,4 +1,4 @@
-"""The calibration tokens of one run: where they come from, how many, their hash; the same for the same arguments."""
+"""The calibration tokens of one run: their source, count and hash; the same for the same arguments."""
 
 from __future__ import annotations
 
@@ -64,8 +64,15 @@ def calibration_tokens(
 
 def _given(tokens: Tensor) -> Calibration:
     if tokens.dim() != _MATRIX or tokens.numel() == 0:
-        raise Refused(f"calibration tokens have shape {tuple(tokens.shape)}", fix="pass ids of shape samples × length")
-    facts = {"source": "token ids", "windows": tokens.shape[0], "window": tokens.shape[1], "tokens": tokens.numel()}
+        raise Refused(
+            f"calibration tokens have shape {tuple(tokens.shape)}", fix="pass ids of shape samples × length"
+        )
+    facts = {
+        "source": "token ids",
+        "windows": tokens.shape[0],
+        "window": tokens.shape[1],
+        "tokens": tokens.numel(),
+    }
     return Calibration(tokens.long(), facts)
 
 

@@ -56,14 +56,27 @@ def parse_grid(text: str) -> Grid:
         BadRecipe: no grid knows the text; the message offers the closest spelling.
     """
     wanted = text.strip().lower()
-    for cls in members("grids").values():
-        grid = cls.parse(wanted)
-        if grid is not None:
-            return grid
-    spellings = [str(g) for cls in members("grids").values() for g in cls.examples()]
+    grid = find_grid(wanted)
+    if grid is not None:
+        return grid
+    spellings = [str(g) for cls in grid_families() for g in cls.examples()]
     close = difflib.get_close_matches(wanted, spellings, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else f"for example: {', '.join(spellings[:8])}"
     raise BadRecipe(f"no grid is called {text!r}", fix=hint)
+
+
+def grid_families() -> tuple[type[Grid], ...]:
+    """Every grid class, by file name."""
+    return tuple(cls for cls in members("grids").values() if issubclass(cls, Grid))
+
+
+def find_grid(text: str) -> Grid | None:
+    """The grid that this lower-case text names, or None."""
+    for cls in grid_families():
+        grid = cls.parse(text)
+        if grid is not None:
+            return grid
+    return None
 
 
 @cache

@@ -1,6 +1,7 @@
 """What a model is, as data: names to roles, and the seams where a change of basis can be folded exactly.
 
-A family is one file that defines ``FAMILY``; :func:`describe` picks the one that claims a ``model_type``. A model that
+A family is one file that defines ``FAMILY``; :func:`describe` picks the one that claims a ``model_type``. A
+model that
 transformers knows and no table describes gets the generic family: its block linears can be quantized and
 calibrated, nothing is folded, and the plan says so.
 """
@@ -97,9 +98,7 @@ def gated_seams(attn_norm: str, mlp_norm: str, *, residual: bool) -> tuple[Seam,
     )
     if not residual:
         return inside
-    stream = Seam(
-        "residual", ("embed", "o", "down"), ("q", "k", "v", "gate", "up", "head"), ORTHOGONAL
-    )
+    stream = Seam("residual", ("embed", "o", "down"), ("q", "k", "v", "gate", "up", "head"), ORTHOGONAL)
     return (*inside, stream)
 
 

@@ -1,7 +1,7 @@
-"""Gemma 3 (text): norms multiply by 1 + w, and a norm on each branch's output keeps the residual stream's basis.
+"""Gemma 3 (text): norms multiply by 1 + w, and a norm on each branch's output fixes the stream's basis.
 
-The post-norms stand between o / down and the residual stream, so no rotation can be folded there; the diagonal
-seams inside a block are the same as Llama's.
+The post-norms stand between o / down and the residual stream, so no rotation can be folded there; the
+diagonal seams inside a block are the same as Llama's.
 """
 
 from bitmill.families.base import ATTENTION_NAMES, GATED_MLP_NAMES, Family, gated_seams

@@ -319,4 +319,4 @@ def _search_q6_k(type: str, x: np.ndarray, importance: np.ndarray | None, out: i
     return codes, {"d": d, "scales": scales}
 
 
-_SEARCHES = {name: _search_legacy for name in _NAMES} | {"q4_k": _search_q4_k, "q6_k": _search_q6_k}
+_SEARCHES = dict.fromkeys(_NAMES, _search_legacy) | {"q4_k": _search_q4_k, "q6_k": _search_q6_k}

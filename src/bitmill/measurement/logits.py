@@ -305,13 +305,13 @@ def summarize(positions: Positions, stratum: Ids | None = None, seed: int = 0) -
     squares = boot.means(p.dp**2)
     same = float((p.top == p.top_reference).mean())
     ppl, ppl_reference = math.exp(min(p.nll.mean(), 700.0)), math.exp(min(p.nll_reference.mean(), 700.0))
-    quantiles = np.quantile(p.kld, [0.5, 0.9, 0.99, 0.999])
+    median, p90, p99, p999 = (float(q) for q in np.quantile(p.kld, [0.5, 0.9, 0.99, 0.999]))
     return Summary(
         tokens=count,
         windows=boot.blocks,
         nonfinite=1 - count / total,
         kld=Distribution(
-            float(p.kld.mean()), boot.interval(kld), boot.se(kld), *map(float, quantiles), float(p.kld.max())
+            float(p.kld.mean()), boot.interval(kld), boot.se(kld), median, p90, p99, p999, float(p.kld.max())
         ),
         ppl=ppl,
         ppl_se=_scaled(boot.se(nll), ppl),

@@ -50,6 +50,7 @@ def rint(value: np.float32) -> np.int32:
 
 @_compiled
 def clipped(value: np.float32, low: np.int32, high: np.int32) -> np.int32:
+    """``rint`` inside ``low … high``."""
     return max(low, min(high, rint(value)))
 
 

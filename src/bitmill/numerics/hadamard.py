@@ -83,7 +83,7 @@ def factors(order: int) -> tuple[int, ...] | None:
     None when no construction here reaches it."""
     if order == 1:
         return ()
-    known = [(order,)] if _direct(order) else []
+    known: list[tuple[int, ...]] = [(order,)] if _direct(order) else []
     for part in range(2, min(order, _LARGEST + 1)):
         if order % part == 0 and _direct(part):
             rest = factors(order // part)

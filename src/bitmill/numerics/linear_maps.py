@@ -87,8 +87,8 @@ class Permutation(LinearMap):
         """Exact."""
         index = self._over(moments.square.shape[0])
         gram = None if moments.gram is None else moments.gram[index][:, index]
-        vectors = (v[index] for v in (moments.square, moments.magnitude, moments.absmax))
-        return Moments(moments.tokens, *vectors, gram)
+        square, magnitude, absmax = (v[index] for v in (moments.square, moments.magnitude, moments.absmax))
+        return Moments(moments.tokens, square, magnitude, absmax, gram)
 
     def _over(self, width: int) -> Tensor:
         one = len(self.index)
