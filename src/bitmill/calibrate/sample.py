@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -91,15 +92,15 @@ def _sampled(checkpoint: Checkpoint, tokens: int, seed: int, device: str, tell: 
     total = count * DOCUMENT
     for group in prompts:
         for batch in group.split(BATCH) if len(group) else ():
-            before = len(documents) * DOCUMENT
-
-            def told(done: int, before: int = before) -> None:
-                tell("sample", before + done, total, "")
-
-            ids = _continued(model, batch, len(tokenizer), generator, told)
+            done = partial(_progress, tell, len(documents) * DOCUMENT, total)
+            ids = _continued(model, batch, len(tokenizer), generator, done)
             documents += tokenizer.batch_decode(ids, skip_special_tokens=False)
     tell("sample", total, total, f"{count} documents")
     return tuple(documents)
+
+
+def _progress(tell: Progress, before: int, total: int, now: int) -> None:
+    tell("sample", before + now, total, "tokens of the model's own text")
 
 
 def _plain_prompts(tokenizer: PreTrainedTokenizerFast, count: int, generator: torch.Generator) -> Tensor:
@@ -234,10 +235,10 @@ def _remember(file: Path, documents: Sequence[str]) -> None:
     """Keep documents for the next run; a cache that cannot be written is no reason to stop."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f"{file.name}.{os.getpid()}")
+        unfinished = file.with_name(f"{file.name}.{os.getpid()}")
         content = {"sha256": _digest(documents), "documents": list(documents)}
-        partial.write_text(json.dumps(content), encoding="utf-8")
-        partial.replace(file)
+        unfinished.write_text(json.dumps(content), encoding="utf-8")
+        unfinished.replace(file)
     except OSError:
         return
 

@@ -311,7 +311,14 @@ def summarize(positions: Positions, stratum: Ids | None = None, seed: int = 0) -
         windows=boot.blocks,
         nonfinite=1 - count / total,
         kld=Distribution(
-            float(p.kld.mean()), boot.interval(kld), boot.se(kld), median, p90, p99, p999, float(p.kld.max())
+            mean=float(p.kld.mean()),
+            ci95=boot.interval(kld),
+            se=boot.se(kld),
+            median=median,
+            p90=p90,
+            p99=p99,
+            p999=p999,
+            max=float(p.kld.max()),
         ),
         ppl=ppl,
         ppl_se=_scaled(boot.se(nll), ppl),
