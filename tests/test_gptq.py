@@ -49,12 +49,8 @@ def _textbook(w: Tensor, grid: Grid, moments: Moments, order: Tensor, damp: floa
     assert moments.gram is not None
     hessian = moments.gram.double()
     hessian = hessian + damp * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
-    ahead, inverse, price = w.double().clone(), hessian[order][:, order].inverse(), torch.empty(len(order))
-    eliminated = inverse.clone()
-    for j in range(len(order)):
-        price[order[j]] = 1 / eliminated[j, j]
-        eliminated = eliminated - eliminated[:, j : j + 1] * eliminated[j : j + 1] / eliminated[j, j]
-    params = grid.fit(w, price.float())
+    ahead, inverse = w.double().clone(), hessian[order][:, order].inverse()
+    params = grid.fit(w, moments.importance)
     value = torch.empty_like(w)
     for j, column in enumerate(order.tolist()):
         now = ahead[:, column : column + 1].float()
@@ -99,8 +95,7 @@ def test_vectors_are_block_elimination():
     hessian = moments.gram.double()
     hessian = hessian + DAMP * hessian.diagonal().mean() * torch.eye(IN, dtype=torch.float64)
     inverse = hessian.inverse()
-    factor = upper_inverse_factor(moments.gram, DAMP, "w").upper
-    params = grid.fit(w, factor.diagonal().square().reciprocal())
+    params = grid.fit(w, moments.importance)
     ahead, value = w.double().clone(), torch.empty_like(w)
     for first in range(0, IN, 8):
         span, rest = slice(first, first + 8), slice(first + 8, IN)

@@ -23,10 +23,10 @@ class Gptq(Solver):
     """Error feedback on any grid: one loop for scalars, sub-blocks and vectors.
 
     Parameters are fitted before the loop, from the weight as it is, so that the order of columns is free and
-    leaves no trace in the file ("static groups"). Their squared errors are weighted by ``1 / Uⱼⱼ²``, exactly
-    what an error of column ``j`` costs once the columns after it have answered. On the linears of SmolLM2
-    that leaves 10 % less output error than weights ``diag(H)``, and less than fitting each group from the
-    compensated weights when its turn comes.
+    leaves no trace in the file ("static groups"). Their squared errors are weighted by ``diag(H)``.
+    (Weights ``1 / Uⱼⱼ²``, what an error costs once later columns have answered, look better on the calibration
+    moments and are worse where it counts: on SmolLM2 at 4 bits, groups of 64, the output error on those
+    moments falls by a tenth while the divergence on held-out text grows by more than that.)
 
     Attributes:
         damp: fraction of the mean of ``diag(H)`` added to it.
@@ -74,7 +74,7 @@ class Gptq(Solver):
     def _place(self, w: Tensor, grid: Grid, basis: _Basis) -> Quantized:
         """The loop. ``ahead`` holds the columns in the order they are placed, compensated so far."""
         upper, order = basis.factor.upper, basis.order
-        params = grid.fit(w, basis.price)
+        params = grid.fit(w, basis.importance)
         values, ahead = torch.empty_like(w), w[:, order]
         width = grid.span[1]
         block = -(-self.block // width) * width
@@ -125,12 +125,12 @@ def round_spans(x: Tensor, upper: Tensor, grid: Grid, params: Params, columns: T
 
 @dataclass(frozen=True, eq=False)
 class _Basis:
-    """What all weights of one input share: the order of columns, the factor in that order, and what
-    an error of each column (in natural order) costs."""
+    """What all weights of one input share: the order of columns, the factor in that order, and the
+    mean square of each column's input in natural order."""
 
     order: Tensor
     factor: Factor
-    price: Tensor
+    importance: Tensor
 
 
 def _basis(moments: Moments, width: int, damp: float, act_order: bool, where: str) -> _Basis:
@@ -142,9 +142,7 @@ def _basis(moments: Moments, width: int, damp: float, act_order: bool, where: st
         order = order.reshape(-1, width)[weight.argsort(descending=True, stable=True)].reshape(-1)
         gram = gram[order][:, order]
     factor = upper_inverse_factor(gram, damp, where)
-    price = torch.empty_like(moments.square)
-    price[order] = factor.upper.diagonal().square().reciprocal()
-    return _Basis(order, factor, price)
+    return _Basis(order, factor, moments.importance)
 
 
 def _gram(problem: Problem) -> Moments:
