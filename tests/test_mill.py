@@ -196,3 +196,11 @@ def test_an_architecture_without_a_table_is_calibrated_but_not_folded(tmp_path: 
     assert len(report.tensors) == 14
     with pytest.raises(Refused, match="no table"):
         mill.quantize(str(tmp_path / "model"), "awq + gptq : int4-g32-asym", tmp_path / "no", calib=tokens())
+
+
+def test_a_solver_does_not_change_which_types_a_mixture_names(model: Path) -> None:
+    source = open_source(str(model))
+    sizes = {
+        plan(parse(f"{solver} : Q4_0 > gguf"), source).bpw_linears for solver in ("nearest", "gptq", "clip")
+    }
+    assert sizes == {4.5}

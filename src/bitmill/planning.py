@@ -215,7 +215,9 @@ def plan(
     if _needs_own_head(recipe, family, facts):
         embed = facts[f"{family.module('embed', None)}.weight"]
         facts["lm_head.weight"] = TensorFacts("lm_head.weight", embed.shape, embed.dtype)
-    rows = _rows(recipe, family, container, checkpoint, facts, dtype, needs)
+    rows = _rows(
+        recipe, family, container, checkpoint, facts, dtype, calibrated and solver.needs == "nothing"
+    )
     _refuse_rows(recipe, rows, container, solver, strict)
     provenance = {"recipe": str(recipe), "source": checkpoint.digest, "version": version("bitmill")}
     files = container.files(rows, checkpoint, provenance)
@@ -308,10 +310,10 @@ def _rows(
     checkpoint: Checkpoint,
     facts: Mapping[str, TensorFacts],
     dtype: str,
-    needs: str,
+    imatrix: bool,
 ) -> tuple[Row, ...]:
     allocation: Allocation = Mixture(recipe.grid) if recipe.is_mixture else Uniform(recipe.grid)
-    model = {**traits(checkpoint.config), "imatrix": int(needs != "nothing")}
+    model = {**traits(checkpoint.config), "imatrix": int(imatrix)}
     model["tied"] = int("lm_head.weight" not in facts)
     roles = dict(recipe.roles)
     rows = []
