@@ -74,7 +74,7 @@ def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tu
 def test_killed_at_every_boundary(
     name: str, model: Path, whole: dict[str, tuple[dict[str, bytes], float]], tmp_path: Path
 ) -> None:
-    kills = 0
+    kills, every = 0, 1 if name.endswith("gguf") else 5  # a folder differs only where it starts and is sealed
     while True:
         out = tmp_path / f"{kills}-{name}"
         process = start(model, RECIPES[name], out, kills)
@@ -87,7 +87,7 @@ def test_killed_at_every_boundary(
         assert again.exitcode == 0, f"resume after boundary {kills}"
         assert content(out) == whole[name][0], f"other bytes after a kill at boundary {kills}"
         assert not out.with_name(out.name + ".partial").exists()
-        kills += 1
+        kills += every
     assert kills >= 20
 
 
@@ -97,7 +97,7 @@ def test_killed_at_random_moments_again_and_again(
     chance = random.Random(0)
     expected, seconds = whole["file.gguf"]
     out = tmp_path / "out.gguf"
-    for _ in range(8):
+    for _ in range(6):
         process = start(model, RECIPES["file.gguf"], out)
         process.join(chance.uniform(0.0, seconds))
         process.kill()
