@@ -236,3 +236,16 @@ def test_the_factor_is_that_of_the_inverse(width: int):
     unit = upper.T @ upper @ wide
     torch.testing.assert_close(unit, torch.eye(width, dtype=torch.float64), rtol=0, atol=2e-2)
     assert bool((upper.diagonal() > 0).all())
+
+
+@pytest.mark.parametrize("text", ["int4-g32-asym", "q4_0", "q4_k", "mxfp4", "nf4-b64"])
+def test_a_block_of_dead_channels_keeps_its_weights(text: str):
+    """Nothing is known of these inputs, which is no reason to lose what reads them."""
+    grid, w, moments = registry.parse_grid(text), _weight(), _moments()
+    assert moments.gram is not None
+    dead = torch.arange(IN) < 64  # two blocks of 32, and two of the eight sub-blocks of q4_k
+    gram = moments.gram.masked_fill(dead[:, None] | dead[None, :], 0)
+    quiet = Moments(TOKENS, gram.diagonal().clone(), moments.magnitude, moments.absmax, gram)
+    error = (_solve(grid, w, quiet).quantized.dense() - w)[:, dead]
+    plain = (grid.round(w).dense() - w)[:, dead]
+    assert float(error.norm()) <= 1.1 * float(plain.norm())
