@@ -27,7 +27,7 @@ TITLES = {
     "block": "quantizing",
     "resume": "resuming",
     "seal": "writing",
-    "sample": "calibration text from the model",
+    "sample": "sampling",
     "measure": "measuring",
     "floor": "noise floor",
     "tensors": "comparing tensors",

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from bitmill.mill import Report
 
 SHOWN_NOTES = 8
+LONGEST = 64  # characters of a fact that is worth a place in one line
 
 
 def quantize(
@@ -128,10 +129,9 @@ def quantize(
 def _say(report: Report) -> None:
     calibration: Mapping[str, Any] = report.calibration
     if calibration:
-        said = ", ".join(
-            f"{key} {value}" for key, value in calibration.items() if isinstance(value, int | str)
-        )
-        say.note(f"calibration: {say.shortened(said, 200)}")
+        short = {key: value for key, value in calibration.items() if isinstance(value, int | str)}
+        said = ", ".join(f"{key} {value}" for key, value in short.items() if len(str(value)) <= LONGEST)
+        say.note(f"calibration: {said}")
     kinds = Counter(note.kind for note in report.notes)
     first = {note.kind: note for note in reversed(report.notes)}
     for kind, count in kinds.most_common(SHOWN_NOTES):
