@@ -15,7 +15,7 @@ _BASE = {"core"}
 _NUMERIC = _BASE | {"numerics"}
 _FACTS = _NUMERIC | {"families", "checkpoint"}
 _PLANNED = _FACTS | {"recipe", "source", "calibrate", *AXES}
-_MILLED = _PLANNED | {"planning", "journal", "folding"}
+_MILLED = _PLANNED | {"planning", "journal", "folding", "account"}
 
 ARROWS: dict[str, set[str]] = {
     "core": set(),
@@ -33,7 +33,9 @@ ARROWS: dict[str, set[str]] = {
     "recipe": _NUMERIC | {"allocation"},
     "journal": _BASE,
     "planning": _PLANNED,
-    "mill": _MILLED,
+    "account": _BASE,
+    "walk": _MILLED,
+    "mill": _MILLED | {"walk"},
     "run": _FACTS | {"source"},
     "measurement": _MILLED | {"mill", "run"},
     "cli": _MILLED | {"mill", "run", "measurement"},

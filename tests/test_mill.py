@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from bitmill import mill, planning
+from bitmill import mill, planning, walk
 from bitmill.calibrate.stream import Stream
 from bitmill.core.errors import Refused, Unsolvable
 from bitmill.journal import report_path
@@ -77,7 +77,7 @@ def test_staged_and_two_pass_walks_solve_the_same_first_group(
 ) -> None:
     recipe = "gptq : int4-g32-asym > bitmill"
     mill.quantize(str(model), recipe, tmp_path / "staged", calib=tokens(8, 32))
-    monkeypatch.setattr(mill, "STAGED_BYTES", 0)
+    monkeypatch.setattr(walk, "STAGED_BYTES", 0)
     mill.quantize(str(model), recipe, tmp_path / "passes", calib=tokens(8, 32))
     a, b = (open_source(str(tmp_path / name)) for name in ("staged", "passes"))
     name = "model.layers.0.self_attn.q_proj.weight"
@@ -157,7 +157,7 @@ def test_nan_weights_are_refused_and_nothing_stays(model: Path, tmp_path: Path) 
 def test_an_exploding_block_stops_the_run(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mill, "EXPLOSION", 1e-6)
+    monkeypatch.setattr(walk, "EXPLOSION", 1e-6)
     with pytest.raises(Unsolvable, match="block 0"):
         mill.quantize(str(model), "gptq : int2-g32-asym > bitmill", tmp_path / "out", calib=tokens())
     assert list(tmp_path.iterdir()) == []

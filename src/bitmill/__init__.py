@@ -12,7 +12,7 @@ from typing import Any
 
 _PUBLIC = {
     "quantize": "bitmill.mill",
-    "Report": "bitmill.mill",
+    "Report": "bitmill.account",
     "plan": "bitmill.planning",
     "Plan": "bitmill.planning",
     "Recipe": "bitmill.recipe",

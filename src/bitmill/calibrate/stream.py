@@ -150,7 +150,7 @@ class Stream:
             )
         module = copy.copy(module)
         module._parameters = {}
-        setattr(module, "padding_idx", None)  # noqa: B010  it would have to be a row of the small table
+        module.__dict__["padding_idx"] = None  # it would have to be a row of the small table
         module.weight = nn.Parameter(table[rows].to(self.device, self.dtype), requires_grad=False)
         with torch.no_grad():
             return module(index.to(self.device)).clone()

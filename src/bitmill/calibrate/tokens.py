@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bitmill.calibrate.corpus import Text, default_calibration, load_texts
+from bitmill.calibrate.sample import sample_text
 from bitmill.calibrate.windows import tokenizer_of, windows
 from bitmill.core.axes import Checkpoint
 from bitmill.core.errors import Refused
@@ -80,8 +81,6 @@ def _own_words(
     source: Checkpoint, tokens: int, seed: int, progress: Callable[[str, int, int, str], None]
 ) -> tuple[Text | None, tuple[Note, ...]]:
     """Text the model writes itself, or a note why there is none."""
-    from bitmill.calibrate.sample import sample_text
-
     try:
         return sample_text(source, tokens=tokens, seed=seed, progress=progress), ()
     except Refused as refusal:

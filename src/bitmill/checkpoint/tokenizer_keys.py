@@ -230,11 +230,19 @@ def backend(raw: bytes) -> Tokenizer:
     Raises:
         BadFile: the library cannot make sense of it.
     """
-    try:
+    with _MalformedIsBadFile():
         return Tokenizer.from_str(raw.decode("utf-8"))
-    # The library's Rust core raises plain Exception, and nothing narrower, for every malformed file.
-    except Exception as error:
-        raise BadFile(f"tokenizer.json cannot be read: {error}", where="tokenizer.json") from error
+
+
+class _MalformedIsBadFile:
+    """The library's Rust core raises plain Exception, and nothing narrower, for every malformed file."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception):
+            raise BadFile(f"tokenizer.json cannot be read: {error}", where="tokenizer.json") from error
 
 
 def _template(carried: Mapping[str, bytes], options: Mapping[str, Any]) -> str | None:

@@ -38,7 +38,7 @@ from bitmill.cli.wanted import wanted
 from bitmill.core.errors import Refused
 
 if TYPE_CHECKING:
-    from bitmill.mill import Report
+    from bitmill.account import Report
 
 SHOWN_NOTES = 8
 LONGEST = 64  # characters of a fact that is worth a place in one line

@@ -1,0 +1,467 @@
+"""The walk over the blocks: fold the transforms, solve, lay out, journal, go on.
+
+Two ways to walk a calibrated block, chosen by memory alone. *Staged*: every calibration token goes through
+the block at
+once, and each group of linears is solved the moment its input exists, so that later groups see the error of
+earlier ones and the block runs a single time. *Two passes*: moments of the dense block in micro-batches,
+solve,
+then the quantized block's outputs. A fitted transform needs the moments of the whole block first, hence two
+passes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitmill.account import Report
+from bitmill.calibrate.moments import MomentSum
+from bitmill.calibrate.stream import Block, Stream
+from bitmill.calibrate.tokens import Calibration
+from bitmill.core.axes import Checkpoint, Container, LinearMap, Solver
+from bitmill.core.errors import Refused, Unsolvable
+from bitmill.core.types import Moments, Note, Problem, Quantized, Row
+from bitmill.families.base import head_dim, traits
+from bitmill.folding import FixedFold, fold_diagonal
+from bitmill.journal import Workspace
+from bitmill.planning import STAGED_BYTES, Plan, staged_bytes
+
+Progress = Callable[[str, int, int, str], None]
+CHUNK = 1 << 24  # weights converted to float32 at a time outside the blocks: 64 MiB
+MICRO_TOKENS = 4096  # tokens of a forward pass: enough for full speed, few enough to stay in cache
+STACK_PROBE = 48  # rows of a trial weight: no multiple of any tile, so that a tile's parameters show
+EXPLOSION = 10.0  # a block whose output error is ten times its own contribution has stopped being that block
+
+
+@dataclass
+class Walk:
+    """The state of one run: everything a block needs, and what has been found out so far."""
+
+    plan: Plan
+    source: Checkpoint
+    space: Workspace
+    tell: Progress
+    calibration: Calibration
+    known: Mapping[str, Moments]
+    device: str
+    keep_moments: bool
+    notes: list[Note] = field(default_factory=list)
+    tensors: dict[str, dict[str, float]] = field(default_factory=dict)
+    blocks: dict[str, float] = field(default_factory=dict)
+    kept_moments: dict[str, Moments] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.solver: Solver = self.plan.recipe.make_solver()
+        self.container: Container = self.plan.container
+        self.fold = fixed_fold(self.plan, self.source)
+        self.fitted = [
+            (call.name, t)
+            for call, t in zip(self.plan.recipe.transforms, self.plan.recipe.make_transforms(), strict=True)
+            if t.needs != "nothing"
+        ]
+        self.notes += self.calibration.notes
+        self._sample: dict[str, tuple[str, Tensor]] = {}
+        self._stacks: dict[str, bool] = {}
+
+    def run(self, identity: Mapping[str, Any], done: Sequence[Mapping[str, Any]], started: float) -> Report:
+        """Every unit that is not done yet; the report of all of them."""
+        for record in done:
+            self._recall(record)
+        if done:
+            self.tell("resume", len(done), len(done), f"{len(done)} finished units taken over")
+        layers = sorted({row.layer for row in self.plan.rows if row.layer is not None})
+        if not done:
+            self._outside(layers)
+        hidden = self._hidden_so_far(done)
+        stream = self._stream() if self._forward_needed and layers else None
+        for index in layers[max(len(done) - 1, 0) :]:
+            self.tell("block", index, len(layers), f"block {index}")
+            before = len(self.notes)
+            if stream is not None and hidden is None:
+                hidden = stream.embed(self.calibration.tokens)
+            hidden = self._block(index, stream, hidden)
+            self._journal(f"block {index}", before, hidden if index + 1 < len(layers) else None)
+            self.tell("block", index + 1, len(layers), self._block_line(index))
+        return Report(
+            path=str(self.space.out),
+            plan=self.plan.to_json(),
+            calibration=self.calibration.facts,
+            notes=tuple(self.notes),
+            tensors=self.tensors,
+            blocks=self.blocks,
+            seconds=time.monotonic() - started,
+            resumed=len(done),
+            identity=identity,
+        )
+
+    def verify_sample(self) -> None:
+        """Open what was written as any reader would; compare a few rows of each role with what was solved.
+
+        Raises:
+            Unsolvable: the bytes do not decode to the solution; the output never appears.
+        """
+        written = self.container.open(self.space.payload)
+        for name, rows in self._sample.values():
+            if not torch.equal(written.read(name)[: rows.shape[0]].float(), rows):
+                raise Unsolvable(
+                    "what was written does not read back as what was solved",
+                    where=f"{name} in {self.plan.recipe.container}",
+                    fix="a defect of this container's layout: report it with the recipe",
+                )
+
+    @property
+    def _forward_needed(self) -> bool:
+        return self.plan.needs != "nothing" and not self.known
+
+    def _stream(self) -> Stream:
+        return Stream(self.source, self.device, read=self._read)
+
+    def _read(self, name: str) -> Tensor:
+        """A dense tensor of the source after the fixed maps; refuses non-finite weights."""
+        raw = self.source.read(self.fold.source_name(name))
+        if not all_finite(raw):
+            bad = int((~torch.isfinite(raw.float())).sum())
+            raise Refused(
+                f"{bad} of {raw.numel()} weights are NaN or infinite",
+                where=f"{name} in {self.source.path}",
+                fix="the source is damaged: fetch or export it again",
+            )
+        return self.fold.apply(name, raw, self.source.read)
+
+    def _outside(self, layers: Sequence[int]) -> None:
+        """Embedding, head and final norm: rounded row by row, so that a large vocabulary costs 64 MiB."""
+        before = len(self.notes)
+        for row in self.plan.rows:
+            if row.layer is None:
+                self._write_by_rows(row)
+        self.tell("block", 0, len(layers), "embedding and head")
+        self._journal("outside", before, None)
+
+    def _write_by_rows(self, row: Row) -> None:
+        slots = self.container.slots(row, self.source)
+        raw = self.source.read(self.fold.source_name(row.name))
+        whole = len(row.shape) == 1 or len(slots) != 1 or row.grid.block[0] != 1
+        step = row.shape[0] if whole else max(32, CHUNK // row.shape[-1] // 32 * 32)
+        at = 0
+        for a in range(0, row.shape[0], step):
+            part = raw[a : a + step]
+            if not all_finite(part):
+                self._read(row.name)  # raises with the count
+            part = self.fold.apply(row.name, part, self.source.read)
+            quantized = row.grid.round(part.float())
+            piece = replace(row, shape=(part.shape[0], *row.shape[1:]))
+            for slot, data in self.container.pack(piece, quantized, self.source).items():
+                self.space.write(slot, data, at if not whole else 0)
+                at += len(data)
+
+    def _block(self, index: int, stream: Stream | None, hidden: Tensor | None) -> Tensor | None:
+        rows = [row for row in self.plan.rows if row.layer == index]
+        if stream is None and not self.known:
+            for row in rows:
+                self._solve_alone(row)
+            return None
+        tensors = {row.name: self._read(row.name).float() for row in rows}
+        if stream is None or hidden is None:
+            self._solve_known(index, rows, tensors)
+            return None
+        block = stream.block(index, read=tensors.__getitem__)
+        if not self.fitted and self.fits_staged(hidden):
+            return self._staged(block, rows, tensors, hidden)
+        return self._two_passes(block, rows, tensors, hidden)
+
+    def fits_staged(self, hidden: Tensor) -> bool:
+        """Whether all calibration tokens may be inside one block at once."""
+        return staged_bytes(self.source.config, hidden.shape[0] * hidden.shape[1]) <= STAGED_BYTES
+
+    def _solve_alone(self, row: Row) -> None:
+        weight = self._read(row.name)
+        if not row.solved:
+            self._write(row, row.grid.round(weight.float()))
+            return
+        self._solve([row], {row.name: weight.float()}, None)
+
+    def _solve_known(self, index: int, rows: Sequence[Row], tensors: dict[str, Tensor]) -> None:
+        solved = [row for row in rows if row.solved]
+        moments = {row.name: self.known[row.name] for row in solved}
+        moments = self._fit_transforms(index, rows, tensors, moments)
+        groups: dict[int, list[Row]] = {}
+        for row in solved:
+            groups.setdefault(id(moments[row.name]), []).append(row)
+        for group in groups.values():
+            self._solve(group, tensors, moments[group[0].name])
+        self._write_kept(rows, tensors)
+
+    def _two_passes(
+        self, block: Block, rows: Sequence[Row], tensors: dict[str, Tensor], hidden: Tensor
+    ) -> Tensor:
+        batch = max(1, MICRO_TOKENS // hidden.shape[1])
+        before = block.forward(hidden[:1])
+        groups = self._groups(block, rows, hidden)
+        moments = self._gather(block, groups, hidden, batch)
+        moments = self._fit_transforms(block.index, rows, tensors, moments)
+        for group in groups:
+            values = self._solve(group, tensors, moments[group[0].name])
+            for name, value in values.items():
+                block.assign(name.removeprefix(block.prefix), value)
+        for row in rows:
+            if not row.solved:
+                block.assign(row.name.removeprefix(block.prefix), tensors[row.name])
+        self._write_kept(rows, tensors)
+        for a in range(0, hidden.shape[0], batch):
+            after = block.forward(hidden[a : a + batch])
+            if a == 0:
+                self._canary(block.index, hidden[:1], before, after[:1])
+            hidden[a : a + batch] = after
+        return hidden
+
+    def _staged(
+        self, block: Block, rows: Sequence[Row], tensors: dict[str, Tensor], hidden: Tensor
+    ) -> Tensor:
+        before = block.forward(hidden[:1])
+        groups = {
+            group[0].name.removeprefix(block.prefix): group for group in self._groups(block, rows, hidden)
+        }
+
+        def solve_group(group: Sequence[Row]) -> Callable[[Tensor], None]:
+            def see(x: Tensor) -> None:
+                moments = self._moments_of(group, x)
+                for name, value in self._solve(group, tensors, moments).items():
+                    block.assign(name.removeprefix(block.prefix), value)
+
+            return see
+
+        hooks = {name.removesuffix(".weight"): solve_group(group) for name, group in groups.items()}
+        after = block.watched(hidden, hooks)
+        self._write_kept(rows, tensors)
+        self._canary(block.index, hidden[:1], before, after[:1])
+        return after
+
+    def _groups(self, block: Block, rows: Sequence[Row], hidden: Tensor) -> list[list[Row]]:
+        """Solved rows grouped by the input they share, in the order the block runs them."""
+        by_path = {
+            row.name.removeprefix(block.prefix).removesuffix(".weight"): row for row in rows if row.solved
+        }
+        groups = [[by_path[p] for p in paths if p in by_path] for paths in block.shared_inputs(hidden[:1])]
+        seen = {row.name for group in groups for row in group}
+        lost = [row.name for row in by_path.values() if row.name not in seen]
+        if lost:
+            raise Refused(
+                f"{len(lost)} weights take no part in block {block.index}'s forward pass",
+                where=lost[0],
+                fix="keep them, or use a solver that needs no calibration (nearest, hqq, clip)",
+            )
+        return [group for group in groups if group]
+
+    def _moments_of(self, group: Sequence[Row], x: Tensor) -> Moments:
+        total = MomentSum(x.shape[-1], self.plan.needs == "gram", x.device)
+        flat = x.reshape(-1, x.shape[-1])
+        for a in range(0, flat.shape[0], 2 * MICRO_TOKENS):
+            total.add(flat[a : a + 2 * MICRO_TOKENS], group[0].name)
+        return self._kept(group, total.moments())
+
+    def _kept(self, group: Sequence[Row], moments: Moments) -> Moments:
+        if self.keep_moments:
+            self.kept_moments.update({row.name: moments for row in group})
+        return moments
+
+    def _gather(
+        self, block: Block, groups: Sequence[Sequence[Row]], hidden: Tensor, batch: int
+    ) -> dict[str, Moments]:
+        sums: dict[str, MomentSum] = {}
+        hooks = {}
+        for group in groups:
+            total = MomentSum(group[0].shape[1], self.plan.needs == "gram", hidden.device)
+            sums[group[0].name] = total
+            path = group[0].name.removeprefix(block.prefix).removesuffix(".weight")
+            hooks[path] = lambda x, total=total, name=group[0].name: total.add(x, name)
+        for a in range(0, hidden.shape[0], batch):
+            block.watched(hidden[a : a + batch], hooks)
+        return {
+            row.name: moments
+            for group in groups
+            for moments in [self._kept(group, sums[group[0].name].moments())]
+            for row in group
+        }
+
+    def _fit_transforms(
+        self, index: int, rows: Sequence[Row], tensors: dict[str, Tensor], moments: dict[str, Moments]
+    ) -> dict[str, Moments]:
+        """Fit and fold every transform that learns from moments; ``tensors`` changes in place."""
+        family = self.plan.family
+        by_role = {row.role: row for row in rows if row.solved}
+        one_to_one = traits(self.source.config)["heads"] == traits(self.source.config)["kv_heads"]
+        for name, transform in self.fitted:
+            for seam_name in transform.seams():
+                seam = family.seam(seam_name)
+                if seam is None or transform.kind not in seam.allows or (seam.per_head and not one_to_one):
+                    continue
+                readers = [by_role[role] for role in seam.readers if role in by_role]
+                if len(readers) != len(seam.readers):
+                    continue
+                problems = [
+                    (Problem(row.name, row.role, tensors[row.name], moments[row.name]), row.grid)
+                    for row in readers
+                ]
+                map_, gain = transform.fit(seam, index, readers[0].shape[1], problems)
+                tensors.update(fold_diagonal(family, seam, map_, index, tensors))
+                changed = map_.moments(moments[readers[0].name])
+                moments = {**moments, **{row.name: changed for row in readers}}
+                self.notes.append(
+                    Note("transform", f"block {index} {seam_name}", f"{name}: error x {gain or 1:.3f}", gain)
+                )
+        return moments
+
+    def _solve(
+        self, rows: Sequence[Row], tensors: Mapping[str, Tensor], moments: Moments | None
+    ) -> dict[str, Tensor]:
+        """Place the rows of one group, write them, and hand back their dense values.
+
+        Rows on the same row-wise grid are stacked: one factorization and one pass serve q, k and v, and a
+        value the whole stack shares (NVFP4's gain) is the one that runtimes with fused projections demand.
+        """
+        stacks: dict[str, list[Row]] = {}
+        for row in rows:
+            stacks.setdefault(str(row.grid) if self._stackable(row) else row.name, []).append(row)
+        problems = [
+            Problem("+".join(r.name for r in stack), stack[0].role, _stacked(stack, tensors), moments)
+            for stack in stacks.values()
+        ]
+        solutions = self.solver.solve(problems, [stack[0].grid for stack in stacks.values()])
+        values: dict[str, Tensor] = {}
+        for stack, solution in zip(stacks.values(), solutions, strict=True):
+            self.notes += solution.notes
+            for row, quantized in zip(stack, _unstacked(stack, solution.quantized), strict=True):
+                dense = quantized.dense()
+                self._record_error(row, tensors[row.name], dense, moments)
+                self._write(row, quantized)
+                self._sample.setdefault(row.role, (row.name, dense[:4].clone()))
+                values[row.name] = dense
+        return values
+
+    def _stackable(self, row: Row) -> bool:
+        """Whether weights may be solved as one: each parameter is a row's own, or a single value."""
+        key = str(row.grid)
+        if key not in self._stacks:
+            shape = (STACK_PROBE, row.shape[1])
+            params = row.grid.fit(torch.ones(shape)) if row.grid.refuses(shape) is None else {}
+            self._stacks[key] = all(p.dim() == 0 or p.shape[0] == STACK_PROBE for p in params.values())
+        return self._stacks[key]
+
+    def _record_error(self, row: Row, weight: Tensor, dense: Tensor, moments: Moments | None) -> None:
+        error = dense - weight
+        if not all_finite(error):
+            raise Unsolvable(
+                "the quantized weight has non-finite values",
+                where=row.name,
+                fix="raise the damping, or use nearest",
+            )
+        record = {"relative": float(error.norm() / weight.norm().clamp_min(1e-30))}
+        if moments is not None:
+            root = moments.importance.sqrt()
+            record["weighted"] = float((error * root).norm() / (weight * root).norm().clamp_min(1e-30))
+        self.tensors[row.name] = record
+
+    def _write_kept(self, rows: Sequence[Row], tensors: Mapping[str, Tensor]) -> None:
+        for row in rows:
+            if not row.solved:
+                self._write(row, row.grid.round(tensors[row.name].float()))
+
+    def _write(self, row: Row, quantized: Quantized) -> None:
+        for slot, data in self.container.pack(row, quantized, self.source).items():
+            self.space.write(slot, data)
+
+    def _canary(self, index: int, hidden: Tensor, before: Tensor, after: Tensor) -> None:
+        """Stop a run whose block no longer resembles itself, before hours go into the next ones."""
+        moved = (before - hidden).norm().clamp_min(1e-30)
+        error = float((after - before).norm() / moved)
+        self.blocks[f"block {index}"] = error
+        if not torch.isfinite(after).all() or error > EXPLOSION:
+            worst = max(
+                ((n, e["relative"]) for n, e in self.tensors.items() if f".layers.{index}." in n),
+                key=lambda p: p[1],
+            )
+            raise Unsolvable(
+                f"the output of block {index} is off by {error:.3g} times its own contribution",
+                where=f"block {index}; its worst weight is {worst[0]} (relative error {worst[1]:.3g})",
+                fix="more bits, smaller groups, more calibration text, or more damping, e.g. gptq(damp=0.1)",
+            )
+
+    def _journal(self, unit: str, before: int, hidden: Tensor | None) -> None:
+        layer = f".layers.{unit.removeprefix('block ')}."
+        record = {
+            "notes": [vars(note) for note in self.notes[before:]],
+            "tensors": {n: e for n, e in self.tensors.items() if layer in n},
+            "block_error": self.blocks.get(unit),
+        }
+        live = None if hidden is None else {"hidden": hidden.cpu()}
+        self.space.finish_unit(unit, record, live)
+
+    def _recall(self, record: Mapping[str, Any]) -> None:
+        self.notes += [Note(**note) for note in record["notes"]]
+        self.tensors.update(record["tensors"])
+        if record["block_error"] is not None:
+            self.blocks[record["unit"]] = record["block_error"]
+
+    def _hidden_so_far(self, done: Sequence[Mapping[str, Any]]) -> Tensor | None:
+        if done and "live" in done[-1]:
+            return self.space.load_live(done[-1]["live"])["hidden"].to(self.device)
+        return None
+
+    def _block_line(self, index: int) -> str:
+        errors = [e["relative"] for n, e in self.tensors.items() if f".layers.{index}." in n]
+        if not errors:
+            return f"block {index}"
+        text = f"block {index}: weights off by {100 * sum(errors) / len(errors):.2f} %"
+        out = self.blocks.get(f"block {index}")
+        return text if out is None else f"{text}, output by {100 * out:.2f} %"
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite; one pass, no mask."""
+    return values.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
+
+
+def fixed_fold(made: Plan, source: Checkpoint) -> FixedFold:
+    """The maps of a plan that are known before the walk."""
+    residual: LinearMap | None = None
+    value: dict[int, LinearMap] = {}
+    family = made.family
+    for transform in made.recipe.make_transforms():
+        if transform.needs != "nothing":
+            continue
+        for name in transform.seams():
+            seam = family.seam(name)
+            if seam is None or transform.kind not in seam.allows:
+                continue
+            if name == "residual":
+                residual, _ = transform.fit(seam, None, int(source.config["hidden_size"]), ())
+            else:
+                for layer in range(traits(source.config)["layers"]):
+                    value[layer], _ = transform.fit(seam, layer, head_dim(source.config), ())
+    return FixedFold(family, residual, value, tied="lm_head.weight" not in source.tensors)
+
+
+def _stacked(stack: Sequence[Row], tensors: Mapping[str, Tensor]) -> Tensor:
+    if len(stack) == 1:
+        return tensors[stack[0].name]
+    return torch.cat([tensors[row.name] for row in stack])
+
+
+def _unstacked(stack: Sequence[Row], quantized: Quantized) -> list[Quantized]:
+    if len(stack) == 1:
+        return [quantized]
+    parts, start, total = [], 0, quantized.shape[0]
+    for row in stack:
+        stop = start + row.shape[0]
+        params = {
+            k: v[start:stop] if v.dim() and v.shape[0] == total else v for k, v in quantized.params.items()
+        }
+        shape = (row.shape[0], row.shape[1])
+        parts.append(replace(quantized, codes=quantized.codes[start:stop], params=params, shape=shape))
+        start = stop
+    return parts
