@@ -137,10 +137,13 @@ class Levels:
     Attributes:
         levels: sorted, float32.
         scale: float32, broadcasts to ``out columns``.
+        ties_to_even: whether halfway goes to the level an even number of places from the middle one (the
+            even mantissa of a float grid); to the lower level otherwise.
     """
 
     levels: Tensor
     scale: Tensor
+    ties_to_even: bool = False
 
 
 class LevelGrid(ScalarGrid):

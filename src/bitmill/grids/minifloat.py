@@ -164,12 +164,12 @@ class Minifloat(LevelGrid):
         values = decode(codes, self._kind)
         values = values[values.abs() <= self._kind.largest].unique()
         if self.scaling == "mx":
-            return Levels(values, power_of_two(params["exponent"][:, columns // 32]))
+            return Levels(values, power_of_two(params["exponent"][:, columns // 32]), True)
         if self.scaling == "nv":
-            return Levels(values, params["scale"][:, columns // 16] / params["gain"])
+            return Levels(values, params["scale"][:, columns // 16] / params["gain"], True)
         if self.scaling == "b128":
-            return Levels(values, params["scale"].repeat_interleave(128, 0)[:rows, columns // 128])
-        return Levels(values, params["scale"])
+            return Levels(values, params["scale"].repeat_interleave(128, 0)[:rows, columns // 128], True)
+        return Levels(values, params["scale"], True)
 
     @property
     def _kind(self) -> Element:

@@ -42,7 +42,7 @@ def round_block(x: Tensor, upper: Tensor, values: Affine | Levels) -> Tensor:
         middles = ((values.levels[1:] + values.levels[:-1]) / 2).numpy()
 
         def work(first: int, last: int) -> None:
-            _round_to_levels(first, last, ahead, factor, left, scale, levels, middles)
+            _round_to_levels(first, last, ahead, factor, left, scale, levels, middles, values.ties_to_even)
 
     by_rows(x.shape[0], work)
     return errors
@@ -81,13 +81,17 @@ def _round_to_levels(
     scales: _Array,
     levels: _Array,
     middles: _Array,
+    ties_to_even: bool,
 ) -> None:
     for r in range(first, last):
         for j in range(ahead.shape[1]):
             scale = scales[r, j]
             value = np.float32(0)
             if scale != 0:
-                place = np.searchsorted(middles, ahead[r, j] / scale)
+                wanted = ahead[r, j] / scale
+                place = np.searchsorted(middles, wanted)
+                if ties_to_even and place < len(middles) and middles[place] == wanted:
+                    place += (place - len(levels) // 2) % 2
                 value = levels[place] * scale
             _move_on(ahead[r], factor, left[r], j, value)
 
