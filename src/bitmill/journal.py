@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -250,11 +249,6 @@ REPORT = "bitmill-report.json"
 def report_path(out: Path) -> Path:
     """Where the account of an output lies: inside a folder, beside a file."""
     return out / REPORT if out.is_dir() else out.with_name(out.name + ".report.json")
-
-
-def tokens_digest(tokens: Tensor) -> str:
-    """Identity of calibration tokens."""
-    return hashlib.sha256(tokens.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
 
 
 def _refuse_other(theirs: Mapping[str, Any], ours: Mapping[str, Any], folder: Path) -> None:

@@ -13,10 +13,11 @@ from torch import Tensor
 from bitmill.account import Report
 from bitmill.calibrate.moments import load_moments, save_moments
 from bitmill.calibrate.tokens import Calibration, calibration_tokens
+from bitmill.calibrate.windows import tokens_sha256
 from bitmill.core.axes import Checkpoint
 from bitmill.core.errors import BitmillError, Interrupted, Refused
 from bitmill.core.types import Moments, Note
-from bitmill.journal import RESUME, Boundary, Workspace, report_path, tokens_digest
+from bitmill.journal import RESUME, Boundary, Workspace, report_path
 from bitmill.planning import Plan, plan
 from bitmill.recipe import Recipe, parse
 from bitmill.source import open_source
@@ -81,7 +82,7 @@ def quantize(
         )
     identity = {
         **made.identity(),
-        "calibration": tokens_digest(calibration.tokens)
+        "calibration": tokens_sha256(calibration.tokens)
         if calibration.tokens.numel()
         else facts.get("sha256", ""),
         "device": device,
