@@ -35,6 +35,50 @@ def test_linears_that_share_an_input_are_found(tmp_path: Path) -> None:
     ]
 
 
+class _Witness:
+    """A gate that writes down what it saw and when it was closed."""
+
+    def __init__(self, name: str, log: list[str], fail: bool = False) -> None:
+        self.name, self.log, self.fail, self.seen = name, log, fail, []
+
+    def see(self, x: torch.Tensor) -> None:
+        self.log.append(f"see {self.name}")
+        self.seen.append(x.clone())
+
+    def close(self) -> None:
+        if self.fail:
+            raise RuntimeError("no")
+        self.log.append(f"close {self.name}")
+
+
+def test_micro_batches_in_step_meet_at_every_gate_and_compute_what_one_pass_does(tmp_path: Path) -> None:
+    stream = Stream(open_source(str(make_model(tmp_path))))
+    block, x = stream.block(0), stream.embed(tokens(5, 16))
+    log: list[str] = []
+    gates = {path: _Witness(path, log) for path in ("self_attn.o_proj", "mlp.down_proj")}
+    whole: dict[str, torch.Tensor] = {}
+    expected = block.watched(x, {path: lambda v, path=path: whole.__setitem__(path, v.clone()) for path in gates})
+    hidden = x.clone()
+    block.in_step(hidden, gates, 2)
+    assert torch.allclose(hidden, expected, atol=1e-6)
+    o, down = "self_attn.o_proj", "mlp.down_proj"
+    assert log == [f"see {o}"] * 3 + [f"close {o}"] + [f"see {down}"] * 3 + [f"close {down}"]
+    for path, gate in gates.items():
+        assert torch.allclose(torch.cat(gate.seen), whole[path], atol=1e-6)
+
+
+def test_an_error_at_a_gate_leaves_no_hook_behind(tmp_path: Path) -> None:
+    stream = Stream(open_source(str(make_model(tmp_path))))
+    block, x = stream.block(0), stream.embed(tokens(4, 16))
+    with pytest.raises(RuntimeError, match="no"):
+        block.in_step(x.clone(), {"mlp.down_proj": _Witness("d", [], fail=True)}, 1)
+    assert torch.is_grad_enabled()
+    assert not any(m._forward_pre_hooks for m in block.module.modules())
+    log: list[str] = []
+    block.in_step(x.clone(), {"mlp.down_proj": _Witness("d", log)}, 4)
+    assert log == ["see d", "close d"]
+
+
 def test_a_token_outside_the_table_is_refused(tmp_path: Path) -> None:
     stream = Stream(open_source(str(make_model(tmp_path))))
     with pytest.raises(BadFile, match="outside the embedding"):

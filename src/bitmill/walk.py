@@ -34,8 +34,24 @@ from bitmill.planning import STAGED_BYTES, Plan, staged_bytes
 Progress = Callable[[str, int, int, str], None]
 CHUNK = 1 << 24  # weights converted to float32 at a time outside the blocks: 64 MiB
 MICRO_TOKENS = 4096  # tokens of a forward pass: enough for full speed, few enough to stay in cache
+STEP_TOKENS = 2048  # tokens of a micro-batch where all go in step: temporaries of a few MB stay in cache
 STACK_PROBE = 48  # rows of a trial weight: no multiple of any tile, so that a tile's parameters show
 EXPLOSION = 10.0  # a block whose output error is ten times its own contribution has stopped being that block
+
+
+@dataclass
+class _Stage:
+    """Gathers the moments of a group's input until all tokens are there, then has the group solved."""
+
+    group: Sequence[Row]
+    total: MomentSum
+    solve: Callable[[Sequence[Row], Moments], None]
+
+    def see(self, x: Tensor) -> None:
+        self.total.add(x, self.group[0].name)
+
+    def close(self) -> None:
+        self.solve(self.group, self.total.moments())
 
 
 @dataclass
@@ -222,24 +238,23 @@ class Walk:
     def _staged(
         self, block: Block, rows: Sequence[Row], tensors: dict[str, Tensor], hidden: Tensor
     ) -> Tensor:
-        before = block.forward(hidden[:1])
-        groups = {
-            group[0].name.removeprefix(block.prefix): group for group in self._groups(block, rows, hidden)
+        first = hidden[:1].clone()
+        before = block.forward(first)
+
+        def solve(group: Sequence[Row], moments: Moments) -> None:
+            for name, value in self._solve(group, tensors, self._kept(group, moments)).items():
+                block.assign(name.removeprefix(block.prefix), value)
+
+        gates = {
+            group[0].name.removeprefix(block.prefix).removesuffix(".weight"): _Stage(
+                group, MomentSum(group[0].shape[1], self.plan.needs == "gram", hidden.device), solve
+            )
+            for group in self._groups(block, rows, hidden)
         }
-
-        def solve_group(group: Sequence[Row]) -> Callable[[Tensor], None]:
-            def see(x: Tensor) -> None:
-                moments = self._moments_of(group, x)
-                for name, value in self._solve(group, tensors, moments).items():
-                    block.assign(name.removeprefix(block.prefix), value)
-
-            return see
-
-        hooks = {name.removesuffix(".weight"): solve_group(group) for name, group in groups.items()}
-        after = block.watched(hidden, hooks)
+        block.in_step(hidden, gates, max(1, STEP_TOKENS // hidden.shape[1]))
         self._write_kept(rows, tensors)
-        self._canary(block.index, hidden[:1], before, after[:1])
-        return after
+        self._canary(block.index, first, before, hidden[:1])
+        return hidden
 
     def _groups(self, block: Block, rows: Sequence[Row], hidden: Tensor) -> list[list[Row]]:
         """Solved rows grouped by the input they share, in the order the block runs them."""
@@ -256,13 +271,6 @@ class Walk:
                 fix="keep them, or use a solver that needs no calibration (nearest, hqq, clip)",
             )
         return [group for group in groups if group]
-
-    def _moments_of(self, group: Sequence[Row], x: Tensor) -> Moments:
-        total = MomentSum(x.shape[-1], self.plan.needs == "gram", x.device)
-        flat = x.reshape(-1, x.shape[-1])
-        for a in range(0, flat.shape[0], 2 * MICRO_TOKENS):
-            total.add(flat[a : a + 2 * MICRO_TOKENS], group[0].name)
-        return self._kept(group, total.moments())
 
     def _kept(self, group: Sequence[Row], moments: Moments) -> Moments:
         if self.keep_moments:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -97,6 +98,64 @@ class Block:
 
         with _hooks({path: wrap(see) for path, see in hooks.items()}, self.module):
             return self.forward(hidden)
+
+    def in_step(self, hidden: Tensor, gates: Mapping[str, Gate], batch: int) -> None:
+        """:meth:`forward` over ``hidden``, in place, ``batch`` sequences at a time and all at the same place.
+
+        Each micro-batch runs until a linear that has a gate is about to be called, shows it the input, and
+        waits there. When all wait, the gate is closed, which may replace weights, and all go on. Temporaries
+        are those of one micro-batch, small enough for the cache, though every token is inside the block.
+
+        Args:
+            hidden: ``n T H``; becomes the block's output.
+            gates: by path of a linear, in the order the block calls them.
+            batch: sequences of a micro-batch.
+        """
+        here = getcurrent()
+
+        def stop(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+                gates[path].see(args[0])
+                here.switch(path)
+
+            return hook
+
+        def run(first: int) -> None:
+            part = hidden[first : first + batch]
+            part.copy_(self.forward(part))
+
+        order = {path: place for place, path in enumerate(gates)}
+        waiting: dict[greenlet, str] = {}
+        with torch.no_grad(), _hooks({path: stop(path) for path in gates}, self.module):
+            try:
+                for first in range(0, hidden.shape[0], batch):
+                    one = greenlet(run)
+                    place = one.switch(first)
+                    if place is not None:
+                        waiting[one] = place
+                while waiting:
+                    # A router may send no token of a micro-batch to an expert: those further on stay there.
+                    gate = min(waiting.values(), key=order.__getitem__)
+                    gates[gate].close()
+                    for one in [w for w, place in waiting.items() if place == gate]:
+                        place = one.switch()
+                        if place is None:
+                            del waiting[one]
+                        else:
+                            waiting[one] = place
+            finally:
+                for one in waiting:  # an error leaves the others inside the block, hooks and all
+                    one.throw()
+
+
+class Gate(Protocol):
+    """What stands before a linear in :meth:`Block.in_step`."""
+
+    def see(self, x: Tensor) -> None:
+        """One micro-batch's input of the linear."""
+
+    def close(self) -> None:
+        """Every micro-batch has been seen; none has gone through."""
 
 
 class Stream:

@@ -55,8 +55,9 @@ def upper_inverse_factor(gram: Tensor, damp: float, where: str) -> Factor:
     for rung in LADDER:
         for dtype in (torch.float32, torch.float64):
             hessian = (gram / mean).to(dtype)
-            hessian[dead, :] = 0
-            hessian[:, dead] = 0
+            if bool(dead.any()):
+                hessian[dead, :] = 0
+                hessian[:, dead] = 0
             hessian.diagonal().add_(damp * rung)
             upper = _factor(hessian)
             if upper is not None:

@@ -75,7 +75,7 @@ class Gptq(Solver):
         """The loop. ``ahead`` holds the columns in the order they are placed, compensated so far."""
         upper, order = basis.factor.upper, basis.order
         params = grid.fit(w, basis.importance)
-        values, ahead = torch.empty_like(w), w[:, order]
+        ahead = w.index_select(1, order)
         width = grid.span[1]
         block = -(-self.block // width) * width
         for first in range(0, w.shape[1], block):
@@ -87,8 +87,9 @@ class Gptq(Solver):
                 errors = round_block(now, pivots, known)
             else:
                 errors = round_spans(now, pivots, grid, params, columns)
-            values[:, columns] = now
-            ahead[:, last:] -= errors @ upper[first:last, last:]
+            ahead[:, first:last] = now
+            ahead[:, last:].addmm_(errors, upper[first:last, last:], alpha=-1)
+        values = ahead.index_select(1, order.argsort())
         return Quantized(grid, grid.encode(values, params), params, (w.shape[0], w.shape[1]))
 
 
@@ -140,7 +141,7 @@ def _basis(moments: Moments, width: int, damp: float, act_order: bool, where: st
     if act_order:
         weight = gram.diagonal().reshape(-1, width).sum(1)
         order = order.reshape(-1, width)[weight.argsort(descending=True, stable=True)].reshape(-1)
-        gram = gram[order][:, order]
+        gram = gram.index_select(0, order).index_select(1, order)
     factor = upper_inverse_factor(gram, damp, where)
     known = moments.importance
     quiet = factor.damping * known.sum() / (~factor.dead).sum()  # a dead channel counts as much as damping
