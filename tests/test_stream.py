@@ -57,7 +57,8 @@ def test_micro_batches_in_step_meet_at_every_gate_and_compute_what_one_pass_does
     log: list[str] = []
     gates = {path: _Witness(path, log) for path in ("self_attn.o_proj", "mlp.down_proj")}
     whole: dict[str, torch.Tensor] = {}
-    expected = block.watched(x, {path: lambda v, path=path: whole.__setitem__(path, v.clone()) for path in gates})
+    keep = {path: lambda v, path=path: whole.__setitem__(path, v.clone()) for path in gates}
+    expected = block.watched(x, keep)
     hidden = x.clone()
     block.in_step(hidden, gates, 2)
     assert torch.allclose(hidden, expected, atol=1e-6)
