@@ -14,7 +14,7 @@ layout, both without calibration. KLD in nats against the original on two kinds 
 def main() -> None:
     """Run both sides."""
     parser = arguments(__doc__)
-    parser.add_argument("--recipe", default="nearest : nf4-b64-dq > bitsandbytes")
+    parser.add_argument("--recipe", default="nearest : nf4-b64-dq > bitmill")
     options = parser.parse_args()
     both = bench(options)
     both.peer("hqq", "peer_nf4.py", "bitsandbytes nf4-b64-dq")

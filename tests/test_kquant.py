@@ -24,7 +24,8 @@ def _weights(out: int = 6, columns: int = 512, seed: int = 0) -> Tensor:
 def _codes(grid: KQuant) -> Tensor:
     if grid.type == "q8_0":
         return torch.arange(-127, 128, dtype=torch.int8)
-    return torch.arange({"q6_k": 64, "q5_0": 32, "q5_1": 32}.get(grid.type, 16), dtype=torch.uint8)
+    counts = {"q2_k": 4, "q3_k": 8, "q5_k": 32, "q6_k": 64, "q5_0": 32, "q5_1": 32}
+    return torch.arange(counts.get(grid.type, 16), dtype=torch.uint8)
 
 
 @every_grid
@@ -52,7 +53,7 @@ def test_columns_are_what_the_whole_says(grid: KQuant) -> None:
 @every_grid
 def test_step_is_the_distance_between_neighbours(grid: KQuant) -> None:
     params = grid.fit(_weights())
-    low, high = (torch.full((6, 512), code, dtype=_codes(grid).dtype) for code in (7, 8))
+    low, high = (torch.full((6, 512), code, dtype=_codes(grid).dtype) for code in (1, 2))
     gap = (grid.decode(high, params) - grid.decode(low, params)).abs()
     assert torch.allclose(gap, grid.step(params, 0, 512), atol=1e-6)
 

@@ -7,7 +7,8 @@ import pytest
 from bitmill.allocation.mixture import Mixture
 from bitmill.core.axes import Weight
 
-BITS = {"q4_0": 4.5, "q4_1": 5, "q5_0": 5.5, "q5_1": 6, "q8_0": 8.5, "q4_k": 4.5, "q6_k": 6.5625, "f16": 16}
+BITS = {"q4_0": 4.5, "q4_1": 5, "q5_0": 5.5, "q5_1": 6, "q8_0": 8.5, "f16": 16}
+BITS |= {"q2_k": 2.625, "q3_k": 3.4375, "q4_k": 4.5, "q5_k": 5.5, "q6_k": 6.5625}
 LLAMA_8B = {"heads": 32, "kv_heads": 8, "tied": 0, "experts": 0, "imatrix": 0}
 MISTRAL_7B = LLAMA_8B
 
@@ -44,7 +45,15 @@ def _bpw(name: str, vocabulary: int, middle: int, **traits: int) -> float:
         ("Q5_0", 5.5704, 5.5202),
         ("Q5_1", 6.0377, 6.0111),
         ("Q8_0", 8.5008, 8.5009),
+        ("Q2_K_S", 2.9697, 2.7929),
+        ("Q2_K", 3.1593, 3.0032),
+        ("Q3_K_S", 3.6429, 3.4951),
+        ("Q3_K_M", 3.9960, 3.8866),
+        ("Q3_K_L", 4.2979, 4.2214),
+        ("Q4_K_S", 4.6672, 4.5731),
         ("Q4_K_M", 4.8944, 4.8250),
+        ("Q5_K_S", 5.5704, 5.5202),
+        ("Q5_K_M", 5.7036, 5.6679),
         ("Q6_K", 6.5633, 6.5634),
     ],
 )
@@ -83,6 +92,9 @@ def test_a_tied_embedding_is_the_head():
         ("embed", None, "Q4_0", "q8_0", "q6_k"),
         ("q", 5, "Q4_0", "q4_0", None),
         ("q", 5, "Q6_K", "q8_0", "q6_k"),
+        ("q", 5, "Q5_K_M", "q5_1", "q5_k"),
+        ("q", 5, "Q3_K_M", "q4_0", "q3_k"),
+        ("q", 5, "Q2_K", "q4_0", "q2_k"),
     ],
 )
 def test_shapes_of_a_small_model_and_what_they_replace(role, layer, name, grid, asked):
@@ -102,7 +114,10 @@ def test_large_and_sparse_models():
     large = {"layers": 80, "heads": 64, "kv_heads": 8}
     choice = Mixture("Q4_K_M").choose(_weight("v", 10, (1024, 8192), **large))
     assert choice is not None
-    assert (choice.grid, choice.fallback) == ("q6_k", "q5_k")
+    assert (choice.grid, choice.fallback) == ("q5_k", None)
+    assert _grid("Q3_K_S", _weight("v", 10, (1024, 8192), **large)) == "q5_k"
+    assert _grid("Q4_K_M", _weight("o", 10, (4096, 4096), experts=8)) == "q5_k"
+    assert _grid("Q3_K_L", _weight("o", 10, (4096, 4096), experts=8)) == "q3_k"
     assert _grid("Q4_K_M", _weight("v", 10, (1024, 8192), layers=80, heads=8, kv_heads=8)) == "q4_k"
     for role in ("k", "v"):
         assert _grid("Q4_K_M", _weight(role, 9, (1024, 4096), experts=8)) == "q8_0"

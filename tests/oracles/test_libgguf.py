@@ -14,7 +14,7 @@ from torch import Tensor
 from bitmill.grids.kquant import KQuant
 from bitmill.numerics.blocks import pack, unpack
 
-NAMES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q6_k")
+NAMES = tuple(str(grid) for grid in KQuant.examples())
 REAL = Path(__file__).parent.parent / "golden" / "kquant_rows.npy"
 WIDTH = 768
 

@@ -20,19 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    DynamicCache,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from bitmill.calibrate.corpus import Text
 from bitmill.calibrate.windows import start_token, tokenizer_of
 from bitmill.checkpoint.tokenizer import render_chat
 from bitmill.core.axes import Checkpoint
-from bitmill.core.errors import BadFile, Refused
+from bitmill.core.errors import Refused
+from bitmill.run.load import load_model
 
 Progress = Callable[[str, int, int, str], None]
 
@@ -45,7 +40,6 @@ BATCH = 128
 CHAT_SHARE = 0.25
 CPU_WORK = 1e14  # operations: a quarter of an hour on two cores
 _SMALL = 1_000_000_000  # parameters that still fit in float32
-_IGNORED = ("quantization_config", "auto_map", "dtype")
 _MARK = "\u241e"
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>")
 
@@ -80,7 +74,9 @@ def sample_text(
 
 def _sampled(checkpoint: Checkpoint, tokens: int, seed: int, device: str, tell: Progress) -> tuple[str, ...]:
     tokenizer = tokenizer_of(checkpoint)
-    model = dense_model(checkpoint, device)
+    small = device == "cpu" and parameters(checkpoint) < _SMALL
+    model = load_model(checkpoint, torch.float32 if small else torch.bfloat16)
+    torch.nn.Module.to(model, torch.device(device))
     generator = torch.Generator().manual_seed(seed)
     count = max(1, -(-tokens // DOCUMENT))
     opening = _chat_opening(tokenizer)
@@ -158,31 +154,6 @@ def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
     cumulative = torch.softmax(logits, -1).cumsum(-1)
     chance = torch.rand(logits.shape[0], 1, generator=generator) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, chance, right=True).clamp_max(logits.shape[-1] - 1)
-
-
-def dense_model(checkpoint: Checkpoint, device: str) -> PreTrainedModel:
-    """The whole model in memory; float32 below a billion parameters on a CPU, bfloat16 otherwise.
-
-    Raises:
-        Refused: transformers knows no such architecture.
-        BadFile: the checkpoint lacks a tensor that the architecture needs.
-    """
-    dtype = torch.float32 if device == "cpu" and parameters(checkpoint) < _SMALL else torch.bfloat16
-    facts = {k: v for k, v in checkpoint.config.items() if k not in _IGNORED}
-    kind = str(facts.pop("model_type", ""))
-    try:
-        config = AutoConfig.for_model(kind, **facts)
-        architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except (ValueError, KeyError) as error:
-        raise Refused(f"transformers knows no causal language model {kind!r}") from error
-    weights = {name: checkpoint.read(name).to(dtype) for name in checkpoint.tensors}
-    model, found = architecture.from_pretrained(
-        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
-    )
-    missing = sorted(found["missing_keys"])
-    if missing:
-        raise BadFile(f"the checkpoint has no tensor {missing[0]!r}", where=str(checkpoint.path))
-    return model.eval().to(device)
 
 
 def parameters(checkpoint: Checkpoint) -> int:

@@ -61,7 +61,17 @@ _TORCH = {
     "U8": torch.uint8,
     "I8": torch.int8,
 }
-_KQUANT_BITS = {"q4_0": 4, "q4_1": 4, "q5_0": 5, "q5_1": 5, "q4_k": 4, "q6_k": 6}
+_KQUANT_BITS = {
+    "q4_0": 4,
+    "q4_1": 4,
+    "q5_0": 5,
+    "q5_1": 5,
+    "q2_k": 2,
+    "q3_k": 3,
+    "q4_k": 4,
+    "q5_k": 5,
+    "q6_k": 6,
+}
 
 
 @dataclass(frozen=True)
@@ -191,10 +201,10 @@ def _minifloat_params(grid: Minifloat, shape: tuple[int, int]) -> Mapping[str, P
 
 def _kquant_params(kind: str, shape: tuple[int, int]) -> Mapping[str, Planned]:
     out, columns = shape
-    if kind == "q4_k":
-        wide, narrow = (out, columns // 256), (out, columns // 32)
+    if kind in ("q2_k", "q4_k", "q5_k"):
+        wide, narrow = (out, columns // 256), (out, columns // (16 if kind == "q2_k" else 32))
         return {"d": ("F16", wide), "dmin": ("F16", wide), "scales": ("U8", narrow), "mins": ("U8", narrow)}
-    if kind == "q6_k":
+    if kind in ("q3_k", "q6_k"):
         return {"d": ("F16", (out, columns // 256)), "scales": ("I8", (out, columns // 16))}
     blocks = (out, columns // 32)
     return dict.fromkeys(("d", "m") if kind.endswith("_1") else ("d",), ("F16", blocks))

@@ -54,12 +54,18 @@ _FILE_TYPES: Mapping[str, int] = MappingProxyType(
         "q8_0": 7,
         "q5_0": 8,
         "q5_1": 9,
+        "q2_k": 10,
+        "q3_k": 11,
         "q4_k": 14,
+        "q5_k": 16,
         "q6_k": 18,
         "bf16": 32,
     }
 )
-_Q4_K_M = 15  # q4_k with some tensors at q6_k
+_MIXTURES: Mapping[str, int] = MappingProxyType(
+    {"Q3_K_M": 12, "Q3_K_L": 13, "Q4_K_M": 15, "Q5_K_M": 17, "Q2_K_S": 21}
+)
+"""Mixtures that are more than the type that holds most weights; a row's reason begins with their name."""
 _NOT_COPIED = ("split.", "quantize.", "bitmill.")
 """Prefixes of keys that describe the source file, not the model."""
 _QUANTIZATION_VERSION = 2
@@ -202,18 +208,14 @@ def _size_label(weights: int) -> str:
 
 
 def _quantization_keys(rows: Sequence[Row]) -> dict[str, bytes]:
-    """The type that holds most weights, as llama.cpp numbers it."""
+    """The mixture, or else the type that holds most weights, as llama.cpp numbers it."""
     weights: Counter[str] = Counter()
     for row in rows:
         if len(row.shape) > 1:
             weights[str(row.grid)] += prod(row.shape)
     kind = weights.most_common(1)[0][0] if weights else "f32"
-    number = (
-        _Q4_K_M
-        if kind == "q4_k" and any(str(r.grid) == "q6_k" and r.layer is not None for r in rows)
-        else None
-    )
+    mixtures = {row.why.partition(":")[0] for row in rows} & set(_MIXTURES)
     return {
-        "general.file_type": encoded(_FILE_TYPES[kind] if number is None else number),
+        "general.file_type": encoded(_MIXTURES[mixtures.pop()] if mixtures else _FILE_TYPES[kind]),
         "general.quantization_version": encoded(_QUANTIZATION_VERSION),
     }

@@ -24,13 +24,25 @@ from bitmill.numerics import ggml_scales as scales_of
 from bitmill.numerics import ggml_search as search
 from bitmill.numerics.blocks import TYPES
 
-_NAMES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q6_k")
-_HALF = {"q4_0": 8, "q5_0": 16, "q8_0": 0, "q6_k": 32}
+_NAMES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
+_HALF = {"q4_0": 8, "q5_0": 16, "q8_0": 0, "q3_k": 4, "q6_k": 32}
 _HALF_MAX = 65504.0
 _LARGEST = (
     _HALF_MAX * 128 * 32
 )  # the widest block, q6_k's; squares of what is beyond would overflow the search
-_TOP = {"q4_0": 15, "q4_1": 15, "q5_0": 31, "q5_1": 31, "q4_k": 15, "q6_k": 63}
+_TOP = {
+    "q4_0": 15,
+    "q4_1": 15,
+    "q5_0": 31,
+    "q5_1": 31,
+    "q2_k": 3,
+    "q3_k": 7,
+    "q4_k": 15,
+    "q5_k": 31,
+    "q6_k": 63,
+}
+_RUN = {"q2_k": 16, "q3_k": 16, "q4_k": 32, "q5_k": 32, "q6_k": 16}  # weights of a sub-block
+_RANGED_K = ("q2_k", "q4_k", "q5_k")  # scales and mins; the other two are symmetric
 
 
 @final
@@ -43,9 +55,10 @@ class KQuant(AffineGrid):
 
     * ``q4_0 q5_0 q8_0``: ``d`` (``out in/32``); value = d · (code - half), half = 8, 16, 0.
     * ``q4_1 q5_1``: ``d m`` (``out in/32``); value = d · code + m.
-    * ``q4_k``: ``d dmin`` (``out in/256``), ``scales mins`` uint8 (``out in/32``); value =
-      d · scale · code - dmin · min.
-    * ``q6_k``: ``d`` (``out in/256``), ``scales`` int8 (``out in/16``); value = d · scale · (code - 32).
+    * ``q2_k q4_k q5_k``: ``d dmin`` (``out in/256``), ``scales mins`` uint8 (``out in/16`` for ``q2_k``,
+      else ``out in/32``); value = d · scale · code - dmin · min.
+    * ``q3_k q6_k``: ``d`` (``out in/256``), ``scales`` int8 (``out in/16``); value =
+      d · scale · (code - half), half = 4, 32.
 
     Attributes:
         type: llama.cpp's name, lower-case.
@@ -131,13 +144,11 @@ class KQuant(AffineGrid):
         def of(name: str, length: int) -> Tensor:
             return params[name][:, columns // length]
 
-        if self.type in ("q4_k", "q6_k"):
-            step = of("d", 256) * of("scales", 32 if self.type == "q4_k" else 16)
-        else:
-            step = of("d", 32)
+        run = _RUN.get(self.type)
+        step = of("d", 32) if run is None else of("d", 256) * of("scales", run)
         base = step.new_zeros(1, 1)
-        if self.type == "q4_k":
-            base = -(of("dmin", 256) * of("mins", 32))
+        if run is not None and self.type in _RANGED_K:
+            base = -(of("dmin", 256) * of("mins", run))
         elif self.type in ("q4_1", "q5_1"):
             base = of("m", 32)
         half = 127 if self.type == "q8_0" else _HALF.get(self.type, 0)
@@ -145,7 +156,7 @@ class KQuant(AffineGrid):
         return Affine(step, step.new_zeros(1, 1), base, -half, high)
 
     def with_zero(self, params: Params, zero: Tensor) -> Params | None:
-        """The minimum of ``q4_1`` and ``q5_1`` is free; those of ``q4_k`` are multiples of another's."""
+        """The minimum of ``q4_1`` and ``q5_1`` is free; those of K-quants are multiples of another's."""
         return {**params, "m": _half(-params["d"] * zero)} if self.type in ("q4_1", "q5_1") else None
 
     def scaled(self, params: Params, factor: Tensor) -> Params:
@@ -154,13 +165,15 @@ class KQuant(AffineGrid):
 
 def _affine(type: str, params: Params, at: int, columns: int) -> tuple[Tensor, Tensor | None]:
     """Step and offset of ``columns`` columns from ``at``: ``out columns``, or ``out 1`` inside one block."""
-    run = 16 if type == "q6_k" else 32
+    run = _RUN.get(type, 32)
     first, last = at // run, (at + columns - 1) // run + 1
     step, base = params["d"], params.get("m", params.get("dmin"))
     if "scales" in params:
         step = _served(step, 256 // run, first, last - first) * params["scales"][:, first:last]
         base = (
-            None if base is None else -_served(base, 8, first, last - first) * params["mins"][:, first:last]
+            None
+            if base is None
+            else -_served(base, 256 // run, first, last - first) * params["mins"][:, first:last]
         )
         at -= first * run
     return _served(step, run, at, columns), None if base is None else _served(base, run, at, columns)
@@ -236,22 +249,23 @@ def _spread(kernel: Callable[..., None], count: int, *arrays: Any) -> None:
 _Weights = tuple[int, np.ndarray, np.ndarray, int]
 
 
-def _symmetric(x: np.ndarray, weights: _Weights, half: int) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and scales of the symmetric search over runs of ``x``."""
-    codes, scale = np.empty(x.shape, np.uint8), np.empty(len(x), np.float32)
-    _spread(search.symmetric_runs, -(-len(x) // search.LANES), x, *weights, half, codes, scale)
-    return codes, scale
+def _symmetric(x: np.ndarray, weights: _Weights, half: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes, scales and weight sums of the symmetric search over runs of ``x``."""
+    codes = np.empty(x.shape, np.uint8)
+    scale, share = np.empty(len(x), np.float32), np.empty(len(x), np.float32)
+    _spread(search.symmetric_runs, -(-len(x) // search.LANES), x, *weights, half, codes, scale, share)
+    return codes, scale, share
 
 
 def _ranged(
-    x: np.ndarray, weights: _Weights, top: int, first: float, rung: float, steps: int
+    x: np.ndarray, weights: _Weights, top: int, ladder: tuple[float, float, int], absolute: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Codes, scales, minima and weight sums of the affine search over runs of ``x``."""
     codes = np.empty(x.shape, np.uint8)
     scale, low, share = (np.empty(len(x), np.float32) for _ in range(3))
-    ladder = (np.float32(first), np.float32(rung), steps)
+    rungs = (np.float32(ladder[0]), np.float32(ladder[1]), ladder[2])
     groups = -(-len(x) // search.LANES)
-    _spread(search.affine_runs, groups, x, *weights, top, *ladder, codes, scale, low, share)
+    _spread(search.affine_runs, groups, x, *weights, top, *rungs, absolute, codes, scale, low, share)
     return codes, scale, low, share
 
 
@@ -278,9 +292,9 @@ def _search_legacy(type: str, x: np.ndarray, importance: np.ndarray | None, out:
     elif importance is not None:
         weights = _shaped(x.reshape(out, -1), importance, 32, 1)
         if type in _HALF:
-            codes, d = _symmetric(x, weights, _HALF[type])
+            codes, d, _ = _symmetric(x, weights, _HALF[type])
         else:
-            codes, d, m, _ = _ranged(x, weights, _TOP[type], -0.9, 0.05, 36)
+            codes, d, m, _ = _ranged(x, weights, _TOP[type], _FINE)
     elif type in _HALF:
         _spread(scales_of.plain_symmetric, len(x), x, _HALF[type], codes, d)
     else:
@@ -288,20 +302,40 @@ def _search_legacy(type: str, x: np.ndarray, importance: np.ndarray | None, out:
     return codes, {"d": _stored(d)} if type in _HALF else {"d": _stored(d), "m": _stored(m)}
 
 
-def _search_q4_k(type: str, x: np.ndarray, importance: np.ndarray | None, out: int) -> _Found:
-    count, told, runs = len(x), importance is not None, x.reshape(-1, 32)
+def _search_ranged_k(type: str, x: np.ndarray, importance: np.ndarray | None, out: int) -> _Found:
+    count, run, top, told = len(x), _RUN[type], _TOP[type], importance is not None
+    runs = x.reshape(-1, run)
     if importance is not None:
-        codes, scale, low, share = _ranged(runs, _shaped(x, importance, 32, 2), 15, -0.9, 0.05, 36)
+        weights = _shaped(x, importance, run, 1 if type == "q2_k" else 2)
+        codes, scale, low, share = _ranged(runs, weights, top, _FINE)
     else:
-        weights = _unasked(search.LOUDNESS)
-        codes, scale, low, share = _ranged(runs, weights, 15, -1.0, 0.1, 20)
+        weights = _unasked(search.SIZE if type == "q2_k" else search.LOUDNESS)
+        codes, scale, low, share = _ranged(runs, weights, top, _COARSE[type], absolute=type == "q2_k")
     d, dmin = np.empty(count, np.float32), np.empty(count, np.float32)
-    scales, mins = np.empty((count, 8), np.uint8), np.empty((count, 8), np.uint8)
-    eight = [values.reshape(count, 8) for values in (scale, low, share)]
-    _spread(scales_of.scales_q4_k, count, *eight, told, d, dmin, scales, mins)
+    scales, mins = np.empty((count, 256 // run), np.uint8), np.empty((count, 256 // run), np.uint8)
+    parts = [values.reshape(count, -1) for values in (scale, low, share)]
+    most = 15 if type == "q2_k" else 63
+    _spread(scales_of.scales_and_mins, count, *parts, most, told, d, dmin, scales, mins)
     d, dmin, codes = _stored(d), _stored(dmin), codes.reshape(count, 256)
-    _spread(scales_of.settle_q4_k, count, x, d, dmin, scales, mins, codes)
+    _spread(scales_of.settle_ranged, count, x, d, dmin, scales, mins, top, codes)
     return codes, {"d": d, "dmin": dmin, "scales": scales, "mins": mins}
+
+
+def _search_q3_k(type: str, x: np.ndarray, importance: np.ndarray | None, out: int) -> _Found:
+    count, runs = len(x), x.reshape(-1, 16)
+    if importance is not None:
+        codes, scale, share = _symmetric(runs, _shaped(x, importance, 16, 2), 4)
+        given = (search.GIVEN, share.reshape(count, 16), np.zeros(1, np.float32), 1)
+        raised, d, _ = _symmetric(scale.reshape(count, 16), given, 32)
+        scales = (raised.astype(np.int16) - 32).astype(np.int8)
+    else:
+        codes, scale = np.empty(runs.shape, np.uint8), np.empty(len(runs), np.float32)
+        _spread(search.descent_runs, len(runs), runs, 4, codes, scale)
+        d, scales = np.empty(count, np.float32), np.empty((count, 16), np.int8)
+        _spread(scales_of.scales_q3_k, count, scale.reshape(count, 16), d, scales)
+    d, codes = _stored(d), codes.reshape(count, 256)
+    _spread(scales_of.settle_symmetric, count, x, d, scales, 4, codes)
+    return codes, {"d": d, "scales": scales}
 
 
 def _search_q6_k(type: str, x: np.ndarray, importance: np.ndarray | None, out: int) -> _Found:
@@ -310,13 +344,17 @@ def _search_q6_k(type: str, x: np.ndarray, importance: np.ndarray | None, out: i
         weights = (search.GIVEN, importance.reshape(-1, 16), np.zeros(1, np.float32), 1)
     else:
         weights = _unasked(search.SQUARE)
-    codes, scale = _symmetric(runs, weights, 32)
+    codes, scale, _ = _symmetric(runs, weights, 32)
     codes = codes.reshape(count, 256)
     d, scales = np.empty(count, np.float32), np.empty((count, 16), np.int8)
     _spread(scales_of.scales_q6_k, count, scale.reshape(count, 16), codes, d, scales)
     d = _stored(d)
-    _spread(scales_of.settle_q6_k, count, x, d, scales, codes)
+    _spread(scales_of.settle_symmetric, count, x, d, scales, 32, codes)
     return codes, {"d": d, "scales": scales}
 
 
-_SEARCHES = dict.fromkeys(_NAMES, _search_legacy) | {"q4_k": _search_q4_k, "q6_k": _search_q6_k}
+_FINE = (-0.9, 0.05, 36)
+_COARSE = {"q2_k": (-0.5, 0.1, 15), "q4_k": (-1.0, 0.1, 20), "q5_k": (-0.5, 0.1, 15)}
+"""Ladders of inverse scales, as first, step and count: with importance, and without."""
+_SEARCHES = dict.fromkeys(_NAMES, _search_legacy) | dict.fromkeys(_RANGED_K, _search_ranged_k)
+_SEARCHES |= {"q3_k": _search_q3_k, "q6_k": _search_q6_k}

@@ -42,7 +42,10 @@ TYPES: Mapping[str, BlockType] = MappingProxyType(
         "q5_0": BlockType(6, 32, 22),
         "q5_1": BlockType(7, 32, 24),
         "q8_0": BlockType(8, 32, 34),
+        "q2_k": BlockType(10, 256, 84),
+        "q3_k": BlockType(11, 256, 110),
         "q4_k": BlockType(12, 256, 144),
+        "q5_k": BlockType(13, 256, 176),
         "q6_k": BlockType(14, 256, 210),
     }
 )
@@ -168,25 +171,99 @@ def _unpack_q8_0(raw: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     return raw[..., 2:].view(np.int8), {"d": _unhalf(raw[..., :2])}
 
 
-def _pack_q4_k(q: np.ndarray, p: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-    shape = (*q.shape[:2], 8)
-    s, m = p["scales"].reshape(shape), p["mins"].reshape(shape)
-    # Sub-blocks 4..7 put their low four bits in bytes 8..11 and their top two above sub-blocks 0..3.
+def _pairs_of_bits(q: np.ndarray) -> np.ndarray:
+    """Blocks of 256: byte ``l`` of a half holds two bits of elements ``l, l + 32, l + 64, l + 96``."""
+    runs = q.reshape(*q.shape[:2], 2, 4, 32) & 3
+    packed = runs[..., 0, :] | runs[..., 1, :] << 2 | runs[..., 2, :] << 4 | runs[..., 3, :] << 6
+    return packed.reshape(*q.shape[:2], 64)
+
+
+def _unpairs_of_bits(raw: np.ndarray) -> np.ndarray:
+    halves = raw.reshape(*raw.shape[:2], 2, 32)
+    return np.stack([(halves >> shift) & 3 for shift in (0, 2, 4, 6)], axis=3).reshape(*raw.shape[:2], 256)
+
+
+def _plane(bits: np.ndarray) -> np.ndarray:
+    """Blocks of 256 single bits: bit ``b`` of byte ``l`` belongs to element ``l + 32 b``."""
+    runs = bits.reshape(*bits.shape[:2], 8, 32)
+    return np.packbits(runs, axis=2, bitorder="little")[:, :, 0]
+
+
+def _unplane(raw: np.ndarray) -> np.ndarray:
+    return np.unpackbits(raw[:, :, None], axis=2, bitorder="little").reshape(*raw.shape[:2], 256)
+
+
+def _pack_q2_k(q: np.ndarray, p: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+    both = (p["scales"] | p["mins"] << 4).reshape(*q.shape[:2], 16)
+    return both, _pairs_of_bits(q), _half(p["d"]), _half(p["dmin"])
+
+
+def _unpack_q2_k(raw: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    both = raw[..., :16]
+    params = {"d": _unhalf(raw[..., 80:82]), "dmin": _unhalf(raw[..., 82:])}
+    return _unpairs_of_bits(raw[..., 16:80]), params | {"scales": both & 15, "mins": both >> 4}
+
+
+def _pack_q3_k(q: np.ndarray, p: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+    # Six-bit scales, 32 added: nibbles of scales j and j + 8 share a byte, four pairs of top bits another.
+    s = (p["scales"].astype(np.int16) + 32).astype(np.uint8).reshape(*q.shape[:2], 16)
+    low = (s[..., :8] & 15) | (s[..., 8:] & 15) << 4
+    top = (s >> 4).reshape(*q.shape[:2], 4, 4)
+    high = top[..., 0, :] | top[..., 1, :] << 2 | top[..., 2, :] << 4 | top[..., 3, :] << 6
+    return _plane(q >> 2), _pairs_of_bits(q), low, high, _half(p["d"])
+
+
+def _unpack_q3_k(raw: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    low, high = raw[..., 96:104], raw[..., 104:108]
+    top = np.concatenate([(high >> shift) & 3 for shift in (0, 2, 4, 6)], axis=-1)
+    scales = (np.concatenate([low & 15, low >> 4], axis=-1) | top << 4).astype(np.int16) - 32
+    codes = _unpairs_of_bits(raw[..., 32:96]) | _unplane(raw[..., :32]) << 2
+    return codes, {"d": _unhalf(raw[..., 108:]), "scales": scales.astype(np.int8)}
+
+
+def _scales_and_mins(p: Mapping[str, np.ndarray], shape: tuple[int, int]) -> tuple[np.ndarray, ...]:
+    """Eight six-bit scales and mins in twelve bytes: sub-blocks 4..7 put their low four bits in the last four
+    and their top two above sub-blocks 0..3."""
+    s, m = p["scales"].reshape(*shape, 8), p["mins"].reshape(*shape, 8)
     low_s = s[..., :4] | (s[..., 4:] >> 4) << 6
     low_m = m[..., :4] | (m[..., 4:] >> 4) << 6
-    rest = (s[..., 4:] & 15) | (m[..., 4:] & 15) << 4
-    pairs = q.reshape(*q.shape[:2], 4, 2, 32)
-    codes = (pairs[..., 0, :] | pairs[..., 1, :] << 4).reshape(*q.shape[:2], 128)
-    return _half(p["d"]), _half(p["dmin"]), low_s, low_m, rest, codes
+    return low_s, low_m, (s[..., 4:] & 15) | (m[..., 4:] & 15) << 4
 
 
-def _unpack_q4_k(raw: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def _head_of_k(raw: np.ndarray) -> dict[str, np.ndarray]:
+    """The first 16 bytes of ``q4_k`` and ``q5_k``."""
     low_s, low_m, rest = raw[..., 4:8], raw[..., 8:12], raw[..., 12:16]
     scales = np.concatenate([low_s & 63, (rest & 15) | (low_s >> 6) << 4], axis=-1)
     mins = np.concatenate([low_m & 63, (rest >> 4) | (low_m >> 6) << 4], axis=-1)
-    codes = raw[..., 16:].reshape(*raw.shape[:2], 4, 1, 32)
-    params = {"d": _unhalf(raw[..., :2]), "dmin": _unhalf(raw[..., 2:4]), "scales": scales, "mins": mins}
-    return np.concatenate([codes & 15, codes >> 4], axis=3), params
+    return {"d": _unhalf(raw[..., :2]), "dmin": _unhalf(raw[..., 2:4]), "scales": scales, "mins": mins}
+
+
+def _nibbles_of_64(q: np.ndarray) -> np.ndarray:
+    """Blocks of 256: each 64 elements are 32 bytes, element ``l`` low and element ``l + 32`` high."""
+    pairs = q.reshape(*q.shape[:2], 4, 2, 32) & 15
+    return (pairs[..., 0, :] | pairs[..., 1, :] << 4).reshape(*q.shape[:2], 128)
+
+
+def _unnibbles_of_64(raw: np.ndarray) -> np.ndarray:
+    pairs = raw.reshape(*raw.shape[:2], 4, 1, 32)
+    return np.concatenate([pairs & 15, pairs >> 4], axis=3).reshape(*raw.shape[:2], 256)
+
+
+def _pack_q4_k(q: np.ndarray, p: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+    return _half(p["d"]), _half(p["dmin"]), *_scales_and_mins(p, q.shape[:2]), _nibbles_of_64(q)
+
+
+def _unpack_q4_k(raw: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    return _unnibbles_of_64(raw[..., 16:]), _head_of_k(raw)
+
+
+def _pack_q5_k(q: np.ndarray, p: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+    head = (_half(p["d"]), _half(p["dmin"]), *_scales_and_mins(p, q.shape[:2]))
+    return *head, _plane(q >> 4), _nibbles_of_64(q)
+
+
+def _unpack_q5_k(raw: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    return _unnibbles_of_64(raw[..., 48:]) | _unplane(raw[..., 16:48]) << 4, _head_of_k(raw)
 
 
 def _pack_q6_k(q: np.ndarray, p: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
@@ -214,7 +291,10 @@ _PACK = MappingProxyType(
         "q5_0": _pack_q5_0,
         "q5_1": _pack_q5_1,
         "q8_0": _pack_q8_0,
+        "q2_k": _pack_q2_k,
+        "q3_k": _pack_q3_k,
         "q4_k": _pack_q4_k,
+        "q5_k": _pack_q5_k,
         "q6_k": _pack_q6_k,
     }
 )
@@ -225,7 +305,10 @@ _UNPACK = MappingProxyType(
         "q5_0": _unpack_q5_0,
         "q5_1": _unpack_q5_1,
         "q8_0": _unpack_q8_0,
+        "q2_k": _unpack_q2_k,
+        "q3_k": _unpack_q3_k,
         "q4_k": _unpack_q4_k,
+        "q5_k": _unpack_q5_k,
         "q6_k": _unpack_q6_k,
     }
 )

@@ -96,40 +96,60 @@ def _truncated(value: np.float32, top: np.int32) -> np.int32:
 
 
 @_compiled
-def scales_q4_k(
+def scales_and_mins(
     start: int,
     stop: int,
     scale: _Floats,
     low: _Floats,
     share: _Floats,
+    top: int,
     told: bool,
     d: _Floats,
     dmin: _Floats,
     scales: _Codes,
     mins: _Codes,
 ) -> None:
-    """Six-bit scales and mins of eight sub-blocks: searched when ``told`` what matters."""
-    below = np.empty(8, np.float32)
+    """Scales and mins of a super-block's sub-blocks as codes ``0 … top``: searched when ``told`` what
+    matters."""
+    below = np.empty(scale.shape[1], np.float32)
     for b in range(start, stop):
-        for j in range(8):
+        for j in range(scale.shape[1]):
             below[j] = -low[b, j]
         if told:
-            d[b] = _positive(scale[b], share[b], 63, scales[b])
-            dmin[b] = _positive(below, share[b], 63, mins[b])
+            d[b] = _positive(scale[b], share[b], top, scales[b])
+            dmin[b] = _positive(below, share[b], top, mins[b])
         else:
-            d[b] = _six_bits(scale[b], scales[b])
-            dmin[b] = _six_bits(below, mins[b])
+            d[b] = _even(scale[b], top, scales[b])
+            dmin[b] = _even(below, top, mins[b])
+
+
+@_compiled
+def scales_q3_k(start: int, stop: int, scale: _Floats, d: _Floats, scales: _Codes) -> None:
+    """Six-bit scales of sixteen sub-blocks, the largest at -32."""
+    for b in range(start, stop):
+        peak = _largest(scale[b])
+        inverse = _f(-32) / peak if peak != 0 else _ZERO
+        d[b] = _ONE / inverse if peak != 0 else _ZERO
+        for j in range(16):
+            scales[b, j] = clipped(inverse * scale[b, j], _i(-32), _i(31)) if peak != 0 else _i(-32)
+
+
+@_compiled
+def _largest(values: _Floats) -> np.float32:
+    """The value of largest magnitude, the first of equals."""
+    peak, size = _ZERO, _ZERO
+    for j in range(values.size):
+        if abs(values[j]) > size:
+            size, peak = abs(values[j]), values[j]
+    return peak
 
 
 @_compiled
 def scales_q6_k(start: int, stop: int, scale: _Floats, codes: _Codes, d: _Floats, scales: _Codes) -> None:
     """Eight-bit scales of sixteen sub-blocks, the largest at -128; a silent super-block is all zero bytes."""
     for b in range(start, stop):
-        peak, size = _ZERO, _ZERO
-        for j in range(16):
-            if abs(scale[b, j]) > size:
-                size, peak = abs(scale[b, j]), scale[b, j]
-        if size < _TINY:
+        peak = _largest(scale[b])
+        if abs(peak) < _TINY:
             d[b] = _ZERO
             scales[b] = 0
             codes[b] = 0
@@ -185,35 +205,48 @@ def _positive(x: _Floats, w: _Floats, top: int, codes: _Codes) -> np.float32:
 
 
 @_compiled
-def _six_bits(values: _Floats, codes: _Codes) -> np.float32:
+def _even(values: _Floats, top: int, codes: _Codes) -> np.float32:
     high = _ZERO
     for j in range(values.size):
         high = max(high, values[j])
-    inverse = _f(63) / high if high > 0 else _ZERO
+    inverse = _f(top) / high if high > 0 else _ZERO
     for j in range(values.size):
-        codes[j] = min(63, rint(inverse * values[j]))
-    return high / _f(63)
+        codes[j] = min(_i(top), rint(inverse * values[j]))
+    return high / _f(top)
 
 
 @_compiled
-def settle_q4_k(
-    start: int, stop: int, x: _Floats, d: _Floats, dmin: _Floats, scales: _Codes, mins: _Codes, codes: _Codes
+def settle_ranged(
+    start: int,
+    stop: int,
+    x: _Floats,
+    d: _Floats,
+    dmin: _Floats,
+    scales: _Codes,
+    mins: _Codes,
+    top: int,
+    codes: _Codes,
 ) -> None:
-    """Codes against the stored (half-precision) scales; a sub-block whose scale is 0 keeps its codes."""
+    """Codes ``0 … top`` against the stored (half-precision) scales; a sub-block whose scale is 0 keeps its
+    codes."""
+    run, highest = x.shape[1] // scales.shape[1], _i(top)
     for b in range(start, stop):
-        for j in range(8):
+        for j in range(scales.shape[1]):
             scale, low = d[b] * _f(scales[b, j]), dmin[b] * _f(mins[b, j])
             if scale != 0:
-                for i in range(32 * j, 32 * j + 32):
-                    codes[b, i] = clipped((x[b, i] + low) / scale, _i(0), _i(15))
+                for i in range(run * j, run * j + run):
+                    codes[b, i] = clipped((x[b, i] + low) / scale, _i(0), highest)
 
 
 @_compiled
-def settle_q6_k(start: int, stop: int, x: _Floats, d: _Floats, scales: _Codes, codes: _Codes) -> None:
-    """Codes against the stored (half-precision) scales; a sub-block whose scale is 0 keeps its codes."""
+def settle_symmetric(
+    start: int, stop: int, x: _Floats, d: _Floats, scales: _Codes, half: int, codes: _Codes
+) -> None:
+    """Codes ``-half … half-1`` likewise, stored with ``half`` added."""
+    run, least, most = x.shape[1] // scales.shape[1], _i(-half), _i(half - 1)
     for b in range(start, stop):
-        for j in range(16):
+        for j in range(scales.shape[1]):
             scale = d[b] * _f(scales[b, j])
             if scale != 0:
-                for i in range(16 * j, 16 * j + 16):
-                    codes[b, i] = _i(32) + clipped(x[b, i] / scale, _i(-32), _i(31))
+                for i in range(run * j, run * j + run):
+                    codes[b, i] = _i(half) + clipped(x[b, i] / scale, least, most)

@@ -25,8 +25,8 @@ _compiled = njit(cache=True, nogil=True, error_model="numpy")
 LANES = 64
 """Runs a search takes side by side; the unit of ``start … stop`` in the two run searches."""
 
-SQUARE, LOUDNESS, GIVEN, SHAPED = range(4)
-"""Weights of elements: x² · rms + |x| · importance · importance times sqrt(power + x²)."""
+SQUARE, SIZE, LOUDNESS, GIVEN, SHAPED = range(5)
+"""Weights of elements: x² · |x| · rms + |x| · importance · importance times sqrt(power + x²)."""
 
 _Floats = NDArray[np.float32]
 _Codes = NDArray[Any]
@@ -76,6 +76,8 @@ def _load(
             value = x[r, i]
             if kind == SQUARE:
                 weight = value * value
+            elif kind == SIZE:
+                weight = abs(value)
             elif kind == LOUDNESS:
                 weight = base + abs(value)
             elif kind == GIVEN:
@@ -98,12 +100,13 @@ def symmetric_runs(
     half: int,
     codes: _Codes,
     scale: _Floats,
+    share: _Floats,
 ) -> None:
     """Least-squares scale of codes ``-half … half-1`` (stored with ``half`` added), 19 inverse scales a run.
 
     Args:
         start, stop: groups of ``LANES`` runs.
-        x: ``runs n``; ``codes`` likewise, ``scale`` is ``runs``.
+        x: ``runs n``; ``codes`` likewise; ``scale`` and ``share`` (sum of weights) are ``runs``.
         kind, importance, power, per: weights of the elements, see :func:`_load`.
     """
     n = x.shape[1]
@@ -119,7 +122,7 @@ def symmetric_runs(
                 _try_symmetric(work, n, s, ladder, trial == -10, least, most)
         for j in range(min(LANES, x.shape[0] - first)):
             silent = s[_ERROR + j] < _TINY
-            scale[first + j] = _ZERO if silent else s[_SCALE + j]
+            scale[first + j], share[first + j] = _ZERO if silent else s[_SCALE + j], s[_SUM_W + j]
             for i in range(n):
                 q = _i(half) + clipped(s[_CHOSEN + j] * work[2 * i * LANES + j], least, most)
                 codes[first + j, i] = _i(0) if silent else q
@@ -127,16 +130,19 @@ def symmetric_runs(
 
 @_compiled
 def _peak(work: _Floats, n: int, s: _Floats) -> None:
-    """Signed value of largest magnitude (the first of equals) to ``_HIGH``, the magnitude to ``_ERROR``."""
+    """Signed value of largest magnitude (the first of equals) to ``_HIGH``, the magnitude to ``_ERROR``;
+    the sum of weights to ``_SUM_W``."""
     for j in range(LANES):
         s[_HIGH + j] = _ONE
         s[_ERROR + j] = _ZERO
+        s[_SUM_W + j] = _ZERO
     for i in range(n):
         for j in range(LANES):
             value = work[2 * i * LANES + j]
             larger = abs(value) > s[_ERROR + j]
             s[_HIGH + j] = value if larger else s[_HIGH + j]
             s[_ERROR + j] = abs(value) if larger else s[_ERROR + j]
+            s[_SUM_W + j] += work[(2 * i + 1) * LANES + j]
 
 
 @_compiled
@@ -174,6 +180,7 @@ def affine_runs(
     first_rung: np.float32,
     rung: np.float32,
     steps: int,
+    absolute: bool,
     codes: _Codes,
     scale: _Floats,
     low: _Floats,
@@ -181,7 +188,8 @@ def affine_runs(
 ) -> None:
     """Scale and minimum (never positive) of codes ``0 … top``.
 
-    The inverse scales tried are ``first_rung + rung·k + top`` over the range, k ≤ ``steps``.
+    The inverse scales tried are ``first_rung + rung·k + top`` over the range, k ≤ ``steps``; what counts is
+    the square of what is missed, or its size where ``absolute``.
 
     Args:
         start, stop: groups of ``LANES`` runs.
@@ -196,9 +204,9 @@ def affine_runs(
         first = group * LANES
         _load(work, n, first, x, kind, importance, power, per)
         _range(work, n, s)
-        _first_affine(work, n, s, highest)
+        _first_affine(work, n, s, highest, absolute)
         for k in range(steps + 1):
-            _try_affine(work, n, s, highest, first_rung + rung * _f(k) + _f(top))
+            _try_affine(work, n, s, highest, first_rung + rung * _f(k) + _f(top), absolute)
         for j in range(min(LANES, x.shape[0] - first)):
             flat = s[_BEST + j] < 0
             scale[first + j] = _ZERO if flat else s[_SCALE + j]
@@ -230,13 +238,13 @@ def _range(work: _Floats, n: int, s: _Floats) -> None:
 
 
 @_compiled
-def _first_affine(work: _Floats, n: int, s: _Floats, top: np.int32) -> None:
+def _first_affine(work: _Floats, n: int, s: _Floats, top: np.int32, absolute: bool) -> None:
     """The plain range as the answer to beat; a lane without range gets an error nothing can beat."""
     for j in range(LANES):
         s[_INVERSE + j] = _f(top) / (s[_HIGH + j] - s[_LOW + j])
         s[_NEW_SCALE + j] = _ONE / s[_INVERSE + j]
         s[_NEW_LOW + j] = s[_LOW + j]
-    _affine_error(work, n, s, top)
+    _affine_error(work, n, s, top, absolute)
     for j in range(LANES):
         s[_SCALE + j] = s[_NEW_SCALE + j]
         s[_BEST + j] = s[_ERROR + j] if s[_HIGH + j] > s[_LOW + j] else -_ONE
@@ -245,7 +253,7 @@ def _first_affine(work: _Floats, n: int, s: _Floats, top: np.int32) -> None:
 
 
 @_compiled
-def _try_affine(work: _Floats, n: int, s: _Floats, top: np.int32, ladder: np.float32) -> None:
+def _try_affine(work: _Floats, n: int, s: _Floats, top: np.int32, ladder: np.float32, absolute: bool) -> None:
     """One rung: assign codes, solve the two normal equations, keep the fit if its error is lower."""
     for j in range(LANES):
         s[_INVERSE + j] = ladder / (s[_HIGH + j] - s[_LOW + j])
@@ -268,7 +276,7 @@ def _try_affine(work: _Floats, n: int, s: _Floats, top: np.int32, ladder: np.flo
         s[_NEW_SCALE + j] = sum_xq / sum_qq if low > 0 else scale
         s[_NEW_LOW + j] = _ZERO if low > 0 else low
         s[_SUM_Q + j] = det  # the sum has served; where det is not positive the fit is void
-    _affine_error(work, n, s, top)
+    _affine_error(work, n, s, top, absolute)
     for j in range(LANES):
         if s[_SUM_Q + j] > 0 and s[_ERROR + j] < s[_BEST + j]:
             s[_BEST + j] = s[_ERROR + j]
@@ -279,7 +287,7 @@ def _try_affine(work: _Floats, n: int, s: _Floats, top: np.int32, ladder: np.flo
 
 
 @_compiled
-def _affine_error(work: _Floats, n: int, s: _Floats, top: np.int32) -> None:
+def _affine_error(work: _Floats, n: int, s: _Floats, top: np.int32, absolute: bool) -> None:
     for j in range(LANES):
         s[_ERROR + j] = _ZERO
     for i in range(n):
@@ -287,7 +295,49 @@ def _affine_error(work: _Floats, n: int, s: _Floats, top: np.int32) -> None:
             x, w = work[2 * i * LANES + j], work[(2 * i + 1) * LANES + j]
             q = _f(clipped(s[_INVERSE + j] * (x - s[_LOW + j]), _i(0), top))
             miss = s[_NEW_SCALE + j] * q + s[_NEW_LOW + j] - x
-            s[_ERROR + j] += w * (miss * miss)
+            s[_ERROR + j] += w * (abs(miss) if absolute else miss * miss)
+
+
+@_compiled
+def descent_runs(start: int, stop: int, x: _Floats, half: int, codes: _Codes, scale: _Floats) -> None:
+    """Codes ``-half … half-1`` (stored with ``half`` added) by coordinate descent, every weight ``x²``.
+
+    Element by element, the code that fits best to all the others; up to five sweeps of runs ``start … stop``.
+    """
+    n, least, most = x.shape[1], _i(-half), _i(half - 1)
+    for r in range(start, stop):
+        peak, size = _ZERO, _ZERO
+        for i in range(n):
+            if abs(x[r, i]) > size:
+                size, peak = abs(x[r, i]), x[r, i]
+        codes[r], scale[r] = 0, _ZERO
+        if size < _TINY:
+            continue
+        inverse, dot, norm = _f(-half) / peak, _ZERO, _ZERO
+        for i in range(n):
+            q, w = clipped(inverse * x[r, i], least, most), x[r, i] * x[r, i]
+            codes[r, i] = q + _i(half)
+            dot += w * x[r, i] * _f(q)
+            norm += w * _f(q) * _f(q)
+        for _ in range(5):
+            moved = False
+            for i in range(n):
+                value = x[r, i]
+                w, was = value * value, _f(_i(codes[r, i]) - _i(half))
+                dot_rest = dot - w * value * was
+                if not dot_rest > 0:
+                    continue
+                norm_rest = norm - w * was * was
+                code = clipped(value * norm_rest / dot_rest, least, most)
+                if code == _i(codes[r, i]) - _i(half):
+                    continue
+                dot_new = dot_rest + w * value * _f(code)
+                norm_new = norm_rest + w * _f(code) * _f(code)
+                if norm_new > 0 and dot_new * dot_new * norm > dot * dot * norm_new:
+                    codes[r, i], dot, norm, moved = code + _i(half), dot_new, norm_new, True
+            if not moved:
+                break
+        scale[r] = dot / norm if norm > 0 else _ZERO
 
 
 @_compiled

@@ -27,6 +27,10 @@ class Hqq(Solver):
     then takes up; the prior tightens round by round. Steps stay those of the extremes. Of the zero points on
     the way, the start included, each block keeps the one with the least squared error as it will be stored.
 
+    The start is the nearest whole zero point. From the real one the squared error ends as low, and the model
+    worse (SmolLM2, groups of 64, divergence: 0.31 against 0.24 nats at 4 bits, 1.95 against 1.37 at 3): where
+    0 is a value, small weights of both signs are rounded alike.
+
     Attributes:
         p: the norm; below 1 it forgives outliers.
         beta: how closely the split must follow at first. kappa: its growth a round.
@@ -78,7 +82,8 @@ class Hqq(Solver):
     def _search(self, w: Tensor, grid: AffineGrid) -> Params:
         width = grid.block[1] or w.shape[1]
         firsts = torch.arange(0, w.shape[1], width, device=w.device)
-        params = start = grid.fit(w)
+        start = grid.fit(w)
+        params = _with_zero(grid, start, _zero(grid, start, firsts).expand(len(w), -1).round())
         affine = grid.affine(params, firsts)
         step = affine.step.expand(len(w), len(firsts))[..., None]
         inverse = torch.where(step == 0, 0.0, 1 / step)
