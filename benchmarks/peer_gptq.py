@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +25,7 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize  # n
 from datasets import Dataset  # noqa: E402
 from llmcompressor import oneshot  # noqa: E402
 from llmcompressor.modifiers.gptq import GPTQModifier  # noqa: E402
+from peak import peak_rss_mib  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel  # noqa: E402
 
@@ -98,7 +98,7 @@ def main() -> None:
         "threads": arguments.threads,
         "seconds": seconds,
         "seconds_whole": time.monotonic() - STARTED,
-        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_rss_mib": peak_rss_mib(),
         "versions": {name: version(name) for name in PACKAGES},
     }
     (arguments.out / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

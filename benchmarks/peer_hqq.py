@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +15,7 @@ STARTED = time.monotonic()
 
 import torch  # noqa: E402  (the clock starts before the imports, as a user's does)
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear  # noqa: E402
+from peak import peak_rss_mib  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
@@ -53,7 +53,7 @@ def main() -> None:
         "threads": options.threads,
         "seconds": seconds,
         "seconds_whole": time.monotonic() - STARTED,
-        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_rss_mib": peak_rss_mib(),
         "versions": {name: version(name) for name in ("hqq", "torch", "transformers")},
     }
     (options.out / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
 from pathlib import Path
 
 STARTED = time.monotonic()
 
 import torch  # noqa: E402  (the clock starts before the imports, as a user's does)
+from peak import peak_rss_mib  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import bitmill  # noqa: E402
@@ -58,7 +58,7 @@ def main() -> None:
         "threads": options.threads,
         "seconds": seconds,
         "seconds_whole": time.monotonic() - STARTED,
-        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_rss_mib": peak_rss_mib(),
     }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

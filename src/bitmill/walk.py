@@ -1,12 +1,10 @@
 """The walk over the blocks: fold the transforms, solve, lay out, journal, go on.
 
-Two ways to walk a calibrated block, chosen by memory alone. *Staged*: every calibration token goes through
-the block at
-once, and each group of linears is solved the moment its input exists, so that later groups see the error of
-earlier ones and the block runs a single time. *Two passes*: moments of the dense block in micro-batches,
-solve,
-then the quantized block's outputs. A fitted transform needs the moments of the whole block first, hence two
-passes.
+Two ways to walk a calibrated block, chosen by memory alone. *Staged*: every calibration token is inside the
+block at once, in micro-batches that wait for each other, and each group of linears is solved the moment its
+input exists, so that later groups see the error of earlier ones and the block runs a single time. *Two
+passes*: moments of the dense block in micro-batches, solve, then the quantized block's outputs. A fitted
+transform needs the moments of the whole block first, hence two passes.
 """
 
 from __future__ import annotations
