@@ -10,7 +10,7 @@ from compare import arguments, bench
 NOTES = """bitsandbytes' `quantize_4bit` (NF4, blocks of 64, double quantized) and Bitmill's file of the same
 layout, both without calibration. KLD in nats against the original on two kinds of text. Without double
 quantization the bytes are the same; with it the stored scales are, and Bitmill rounds the weights against
-those, where bitsandbytes rounds them against the scales as they were before: one code in a hundred differs."""
+those, where bitsandbytes rounds them against the scales as they were: one code in a hundred differs."""
 
 
 def main() -> None:
