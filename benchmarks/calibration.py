@@ -10,7 +10,7 @@ better on that kind than it is.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 import bitmill
 from bitmill.calibrate.sample import sample_text
 from bitmill.calibrate.tokens import calibration_tokens
+from bitmill.core.axes import Checkpoint
 
 MIXTURES = {
     "own": ("own",),
@@ -52,23 +53,31 @@ what Bitmill takes when no text is named. KLD in nats on two kinds of evaluation
 topics of the manual, and source code of other modules mixed with package pages."""
 
 
-def sources(work: Path, model: Path, tokens: int) -> dict[str, Tensor]:
+def sources(work: Path, model: Path, tokens: int, kinds: set[str]) -> dict[str, Tensor]:
     """The most windows of each kind of text that any set needs."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     count = tokens // WINDOW
-    text = documents()["calibration"]
     source = bitmill.open_source(str(model))
-    kept = work / "own-words.txt"
-    if not kept.is_file():
-        kept.write_text(sample_text(source, tokens=tokens * 5 // 4, seed=0).plain, encoding="utf-8")
-    drawn = {"nsamples": count, "seqlen": WINDOW, "seed": 0, "chat": False}
-    default = calibration_tokens(source, None, **drawn, progress=lambda *_: None).tokens
-    return {
-        "own": _up_to(tokenizer, kept.read_text(encoding="utf-8"), count),
-        "docs": _up_to(tokenizer, text, count),
-        "code": _up_to(tokenizer, _library(), count),
-        "default": default[torch.randperm(len(default), generator=torch.Generator().manual_seed(0))],
+    made: dict[str, Callable[[], Tensor]] = {
+        "own": lambda: _up_to(tokenizer, _own(work / "own-words.txt", source, tokens * 5 // 4), count),
+        "docs": lambda: _up_to(tokenizer, documents()["calibration"], count),
+        "code": lambda: _up_to(tokenizer, _library(), count),
+        "default": lambda: _default(source, count),
     }
+    return {kind: made[kind]() for kind in sorted(kinds)}
+
+
+def _own(kept: Path, source: Checkpoint, tokens: int) -> str:
+    """Text of the model itself, kept: sampling it takes minutes."""
+    if not kept.is_file():
+        kept.write_text(sample_text(source, tokens=tokens, seed=0).plain, encoding="utf-8")
+    return kept.read_text(encoding="utf-8")
+
+
+def _default(source: Checkpoint, count: int) -> Tensor:
+    drawn = {"nsamples": count, "seqlen": WINDOW, "seed": 0, "chat": False}
+    found = calibration_tokens(source, None, **drawn, progress=lambda *_: None).tokens
+    return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(0))]
 
 
 def _up_to(tokenizer: Any, text: str, count: int) -> Tensor:
@@ -92,7 +101,8 @@ def drawn_from(texts: Mapping[str, Tensor], kinds: tuple[str, ...], count: int) 
 
 def run(ours: Bench, recipe: str, counts: list[int], mixtures: list[str]) -> None:
     """One row a set; each set's tokens are kept beside its result."""
-    texts = sources(ours.work, ours.model, max(counts) * WINDOW)
+    kinds = {kind for name in mixtures for kind in MIXTURES[name]}
+    texts = sources(ours.work, ours.model, max(counts) * WINDOW, kinds)
     for name in mixtures:
         for count in counts:
             ids = drawn_from(texts, MIXTURES[name], count)

@@ -140,9 +140,9 @@ def test_one_output_after_another_is_all_at_once():
 def test_problems_that_share_an_input_share_the_factor(monkeypatch: pytest.MonkeyPatch):
     calls = []
 
-    def counted(gram: Tensor, damp: float, where: str) -> object:
+    def counted(gram: Tensor, damp: float, where: str, order: Tensor) -> object:
         calls.append(where)
-        return upper_inverse_factor(gram, damp, where)
+        return upper_inverse_factor(gram, damp, where, order)
 
     monkeypatch.setattr("bitmill.solvers.gptq.upper_inverse_factor", counted)
     moments = _moments()

@@ -222,6 +222,7 @@ class Walk:
             values = self._solve(group, tensors, moments[group[0].name])
             for name, value in values.items():
                 block.assign(name.removeprefix(block.prefix), value)
+                del tensors[name]
         for row in rows:
             if not row.solved:
                 block.assign(row.name.removeprefix(block.prefix), tensors[row.name])
@@ -242,6 +243,7 @@ class Walk:
         def solve(group: Sequence[Row], moments: Moments) -> None:
             for name, value in self._solve(group, tensors, self._kept(group, moments)).items():
                 block.assign(name.removeprefix(block.prefix), value)
+                del tensors[name]  # the block computes with the new values: the old ones are memory
 
         gates = {
             group[0].name.removeprefix(block.prefix).removesuffix(".weight"): _Stage(

@@ -36,14 +36,15 @@ class Factor:
     wide: bool
 
 
-def upper_inverse_factor(gram: Tensor, damp: float, where: str) -> Factor:
+def upper_inverse_factor(gram: Tensor, damp: float, where: str, order: Tensor | None = None) -> Factor:
     """Factor of the inverse of a damped Gram matrix.
 
     Args:
-        gram: ``in in``, symmetric, any positive multiple of the Hessian.
+        gram: ``in in``, symmetric, any positive multiple of the Hessian; left as it is.
         damp: fraction of the mean of the diagonal that is added to it; raised up to a hundredfold when the
             matrix is not positive definite otherwise.
         where: named in errors.
+        order: rows and columns to take, in this order; all as they are when None.
 
     Raises:
         Unsolvable: the Gram holds NaN or infinity, is all zeros, or stays indefinite.
@@ -52,14 +53,14 @@ def upper_inverse_factor(gram: Tensor, damp: float, where: str) -> Factor:
     diagonal = gram.diagonal()
     dead = diagonal <= 0
     mean = float(diagonal[~dead].double().mean())
+    if order is None:
+        order = torch.arange(len(gram), device=gram.device)
+    dead = dead[order]
+    backwards = order.flip(0)
     for rung in LADDER:
         for dtype in (torch.float32, torch.float64):
-            hessian = (gram / mean).to(dtype)
-            if bool(dead.any()):
-                hessian[dead, :] = 0
-                hessian[:, dead] = 0
-            hessian.diagonal().add_(damp * rung)
-            upper = _factor(hessian)
+            # One expression, so that nothing here holds on to a matrix that is no longer needed.
+            upper = _factor(_damped(gram, backwards, dead.flip(0), mean, damp * rung, dtype))
             if upper is not None:
                 return Factor(upper, damp * rung, dead, dtype == torch.float64)
     raise Unsolvable(
@@ -70,14 +71,29 @@ def upper_inverse_factor(gram: Tensor, damp: float, where: str) -> Factor:
     )
 
 
-def _factor(hessian: Tensor) -> Tensor | None:
-    """``U`` with ``Uᵀ U = H⁻¹``, float32, or None where the factorization breaks down."""
-    lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+def _damped(
+    gram: Tensor, order: Tensor, dead: Tensor, mean: float, damping: float, dtype: torch.dtype
+) -> list[Tensor]:
+    """The Hessian in some order, alone in a list: who takes it out is its only owner."""
+    hessian = gram.index_select(0, order).index_select(1, order).to(dtype).div_(mean)
+    if bool(dead.any()):
+        hessian[dead, :] = 0
+        hessian[:, dead] = 0
+    hessian.diagonal().add_(damping)
+    return [hessian]
+
+
+def _factor(backwards: list[Tensor]) -> Tensor | None:
+    """``U`` with ``Uᵀ U = H⁻¹``, float32, from ``H`` last row first; None where the factorization breaks
+    down. Besides the input's, two matrices of its size are alive at most."""
+    lower, info = torch.linalg.cholesky_ex(backwards.pop())
     if int(info) != 0 or not bool(torch.isfinite(lower.diagonal()).all()):
         return None
-    unit = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    upper = torch.linalg.solve_triangular(lower, unit, upper=False).flip(0, 1).to(torch.float32)
-    return upper if bool(torch.isfinite(upper).all()) else None
+    inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device).mT
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    del lower
+    upper = inverse.flip(0, 1).to(torch.float32)
+    return upper if bool(torch.isfinite(upper.diagonal()).all() and torch.isfinite(upper.sum())) else None
 
 
 def _check(gram: Tensor, where: str) -> None:

@@ -141,8 +141,7 @@ def _basis(moments: Moments, width: int, damp: float, act_order: bool, where: st
     if act_order:
         weight = gram.diagonal().reshape(-1, width).sum(1)
         order = order.reshape(-1, width)[weight.argsort(descending=True, stable=True)].reshape(-1)
-        gram = gram.index_select(0, order).index_select(1, order)
-    factor = upper_inverse_factor(gram, damp, where)
+    factor = upper_inverse_factor(gram, damp, where, order)
     known = moments.importance
     quiet = factor.damping * known.sum() / (~factor.dead).sum()  # a dead channel counts as much as damping
     dead = torch.empty_like(factor.dead)
