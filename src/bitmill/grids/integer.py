@@ -142,13 +142,13 @@ class Integer(AffineGrid):
         return {"scale": scale} if self.zero == "sym" else {"scale": scale, "zero": zero}
 
     def encode(self, w: Tensor, params: Params, at: int = 0) -> Tensor:
-        scale, zero = self._columns(params, at, w.shape[1])
-        codes = (w.to(torch.float32) / scale).add_(zero).round_().clamp_(0, 2**self.bits - 1)
-        return codes.to(torch.uint8)
+        blocks, scale, zero = self._blockwise(w.to(torch.float32), params, at)
+        codes = (blocks / scale).add_(zero).round_().clamp_(0, 2**self.bits - 1)
+        return codes.to(torch.uint8).reshape(w.shape)
 
     def decode(self, codes: Tensor, params: Params, at: int = 0) -> Tensor:
-        scale, zero = self._columns(params, at, codes.shape[1])
-        return (codes.to(torch.float32) - zero) * scale
+        blocks, scale, zero = self._blockwise(codes.to(torch.float32), params, at)
+        return (blocks - zero).mul_(scale).reshape(codes.shape)
 
     def round(self, w: Tensor, importance: Tensor | None = None) -> Quantized:
         params = self.fit(w, importance)
@@ -178,6 +178,14 @@ class Integer(AffineGrid):
         if self.zero == "fz":
             return {**params, "zero": torch.where(zero == 0, 0.0, stored(zero, _SCALES[self.scale]))}
         return {**params, "zero": zero.round().clamp(self.zero_floor, 2**self.bits - 1)}
+
+    def _blockwise(self, x: Tensor, params: Params, at: int) -> tuple[Tensor, Tensor, Tensor | float]:
+        """``x`` with scale and zero that broadcast to it; whole rows go by blocks, so that neither is ever
+        spread to the size of the weight."""
+        if self.group <= 0 or at or x.shape[1] != params["scale"].shape[1] * self.group:
+            return x, *self._columns(params, at, x.shape[1])
+        zero = params["zero"][..., None] if self.zero != "sym" else float(2 ** (self.bits - 1))
+        return x.reshape(len(x), -1, self.group), params["scale"][..., None], zero
 
     def _columns(self, params: Params, at: int, columns: int) -> tuple[Tensor, Tensor | float]:
         scale = spread(params["scale"], self.group, at, columns)

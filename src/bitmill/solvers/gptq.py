@@ -90,6 +90,7 @@ class Gptq(Solver):
             ahead[:, first:last] = now
             ahead[:, last:].addmm_(errors, upper[first:last, last:], alpha=-1)
         values = ahead.index_select(1, order.argsort())
+        del ahead  # as large as the weight
         return Quantized(grid, grid.encode(values, params), params, (w.shape[0], w.shape[1]))
 
 
