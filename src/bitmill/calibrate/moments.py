@@ -7,7 +7,7 @@ safetensors; a group of layers that share an input (q, k and v) is stored once.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -114,12 +114,14 @@ def save_moments(path: Path, moments: Mapping[str, Moments], facts: Mapping[str,
         key = groups.setdefault(id(record), name)
         names[name] = key
         if key == name:
-            tensors[f"{key}/square"] = record.square.contiguous()
-            tensors[f"{key}/magnitude"] = record.magnitude.contiguous()
-            tensors[f"{key}/absmax"] = record.absmax.contiguous()
+            parts = {
+                "square": record.square,
+                "magnitude": record.magnitude,
+                "absmax": record.absmax,
+                "gram": record.gram,
+            }
             tensors[f"{key}/tokens"] = torch.tensor(record.tokens)
-            if record.gram is not None:
-                tensors[f"{key}/gram"] = record.gram.contiguous()
+            tensors.update({f"{key}/{n}": part.contiguous() for n, part in parts.items() if part is not None})
     header = {"kind": FILE_KIND, "names": json.dumps(names), "facts": json.dumps(dict(facts))}
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial, metadata=header)
@@ -140,15 +142,14 @@ def load_moments(path: Path) -> tuple[dict[str, Moments], dict[str, str]]:
             raise BadFile("not a moments file", where=str(path), fix="make one with --save-moments")
         names: dict[str, str] = json.loads(header["names"])
         stored = set(file.keys())
-        records = {key: _record(file, key, f"{key}/gram" in stored) for key in sorted(set(names.values()))}
+        records = {key: _record(file, key, stored) for key in sorted(set(names.values()))}
     return {name: records[key] for name, key in names.items()}, json.loads(header["facts"])
 
 
-def _record(file: safe_open, key: str, gram: bool) -> Moments:
-    return Moments(
-        int(file.get_tensor(f"{key}/tokens")),
-        file.get_tensor(f"{key}/square"),
-        file.get_tensor(f"{key}/magnitude"),
-        file.get_tensor(f"{key}/absmax"),
-        file.get_tensor(f"{key}/gram") if gram else None,
+def _record(file: safe_open, key: str, stored: Set[str]) -> Moments:
+    magnitude, absmax, gram = (
+        file.get_tensor(f"{key}/{part}") if f"{key}/{part}" in stored else None
+        for part in ("magnitude", "absmax", "gram")
     )
+    tokens, square = (file.get_tensor(f"{key}/{part}") for part in ("tokens", "square"))
+    return Moments(int(tokens), square, magnitude, absmax, gram)

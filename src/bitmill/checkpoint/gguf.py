@@ -69,7 +69,7 @@ class GgufTensor:
     part: int = 0
 
 
-class _Cursor:
+class Cursor:
     """Reads primitives at a moving position and refuses to pass the end of the file."""
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
@@ -270,7 +270,7 @@ def _parse(path: Path, index: int) -> _Part:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise BadFile(f"cannot read the file: {error.strerror}", where=str(path)) from error
-    cursor = _Cursor(data, path)
+    cursor = Cursor(data, path)
     version, tensor_count, key_count = _preamble(cursor)
     keys, raw = _read_keys(cursor, key_count)
     alignment = _alignment(cursor, keys, raw)
@@ -282,7 +282,7 @@ def _parse(path: Path, index: int) -> _Part:
     )
 
 
-def _preamble(cursor: _Cursor) -> tuple[int, int, int]:
+def _preamble(cursor: Cursor) -> tuple[int, int, int]:
     magic = cursor.take(4, "the magic number")
     if magic != MAGIC:
         raise cursor.bad(f"the file starts with {magic!r}, not with {MAGIC!r}: this is not a GGUF file", 0)
@@ -301,7 +301,7 @@ def _preamble(cursor: _Cursor) -> tuple[int, int, int]:
     return version, tensors, keys
 
 
-def _read_keys(cursor: _Cursor, count: int) -> tuple[dict[str, Any], dict[str, bytes]]:
+def _read_keys(cursor: Cursor, count: int) -> tuple[dict[str, Any], dict[str, bytes]]:
     keys: dict[str, Any] = {}
     raw: dict[str, bytes] = {}
     for _ in range(count):
@@ -316,7 +316,7 @@ def _read_keys(cursor: _Cursor, count: int) -> tuple[dict[str, Any], dict[str, b
     return keys, raw
 
 
-def _alignment(cursor: _Cursor, keys: Mapping[str, Any], raw: Mapping[str, bytes]) -> int:
+def _alignment(cursor: Cursor, keys: Mapping[str, Any], raw: Mapping[str, bytes]) -> int:
     if "general.alignment" not in keys:
         return ALIGNMENT
     value = keys["general.alignment"]
@@ -327,7 +327,7 @@ def _alignment(cursor: _Cursor, keys: Mapping[str, Any], raw: Mapping[str, bytes
     return int(value)
 
 
-def _read_record(cursor: _Cursor) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int, int, int]:
+def _read_record(cursor: Cursor) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int, int, int]:
     """Name, shape, type, bytes, announced offset, and where in the header the record stands."""
     start = cursor.at
     name = cursor.string("a tensor's name", _LONGEST_NAME)
@@ -357,7 +357,7 @@ def _read_record(cursor: _Cursor) -> tuple[str, tuple[int, ...], GGMLQuantizatio
 
 
 def _place(
-    cursor: _Cursor,
+    cursor: Cursor,
     records: list[tuple[str, tuple[int, ...], GGMLQuantizationType, int, int, int]],
     alignment: int,
     part: int,

@@ -5,7 +5,7 @@ Shapes: weights are ``out in``, activations ``tokens in``. Nothing here knows a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -62,16 +62,16 @@ class Moments:
 
     Attributes:
         tokens: rows summed over.
-        gram: sum of ``x xᵀ``, ``in in``; absent when no solver needs it.
         square: sum of ``x²`` a channel, ``in``.
-        magnitude: sum of ``|x|`` a channel, ``in``.
-        absmax: largest ``|x|`` a channel, ``in``.
+        magnitude: sum of ``|x|`` a channel, ``in``; absent when they come from an importance matrix.
+        absmax: largest ``|x|`` a channel, ``in``; absent as ``magnitude`` is.
+        gram: sum of ``x xᵀ``, ``in in``; absent when no solver needs it.
     """
 
     tokens: int
     square: Tensor
-    magnitude: Tensor
-    absmax: Tensor
+    magnitude: Tensor | None = None
+    absmax: Tensor | None = None
     gram: Tensor | None = None
 
     @property
@@ -81,14 +81,19 @@ class Moments:
 
     def merged(self, other: Moments) -> Moments:
         """The moments of both sets of tokens together."""
-        gram = None if self.gram is None or other.gram is None else self.gram + other.gram
         return Moments(
             self.tokens + other.tokens,
             self.square + other.square,
-            self.magnitude + other.magnitude,
-            torch.maximum(self.absmax, other.absmax),
-            gram,
+            _both(torch.add, self.magnitude, other.magnitude),
+            _both(torch.maximum, self.absmax, other.absmax),
+            _both(torch.add, self.gram, other.gram),
         )
+
+
+def _both(
+    join: Callable[[Tensor, Tensor], Tensor], one: Tensor | None, other: Tensor | None
+) -> Tensor | None:
+    return None if one is None or other is None else join(one, other)
 
 
 @dataclass(frozen=True)

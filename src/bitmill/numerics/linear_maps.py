@@ -52,7 +52,8 @@ class Diagonal(LinearMap):
         size = scale.abs()
         gram = None if moments.gram is None else moments.gram / scale / scale[:, None]
         square = moments.square / scale.square() if gram is None else gram.diagonal().clone()
-        return Moments(moments.tokens, square, moments.magnitude / size, moments.absmax / size, gram)
+        magnitude, absmax = (None if v is None else v / size for v in (moments.magnitude, moments.absmax))
+        return Moments(moments.tokens, square, magnitude, absmax, gram)
 
     def _over(self, width: int) -> Tensor:
         return self.scale.repeat(_chunks(width, self.scale.shape[0]))
@@ -87,8 +88,8 @@ class Permutation(LinearMap):
         """Exact."""
         index = self._over(moments.square.shape[0])
         gram = None if moments.gram is None else moments.gram[index][:, index]
-        square, magnitude, absmax = (v[index] for v in (moments.square, moments.magnitude, moments.absmax))
-        return Moments(moments.tokens, square, magnitude, absmax, gram)
+        magnitude, absmax = (None if v is None else v[index] for v in (moments.magnitude, moments.absmax))
+        return Moments(moments.tokens, moments.square[index], magnitude, absmax, gram)
 
     def _over(self, width: int) -> Tensor:
         one = len(self.index)

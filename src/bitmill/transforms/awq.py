@@ -70,6 +70,8 @@ class Awq(Transform):
         return Diagonal(scale), best / plain
 
     def _candidates(self, moments: Moments, readers: Sequence[_Reader]) -> Iterator[Tensor]:
+        if moments.magnitude is None:
+            raise ValueError("awq needs the mean magnitude of every input channel")
         loud = moments.magnitude / max(moments.tokens, 1)
         live = loud > 0
         loud = torch.where(live, loud, loud[live].min() if bool(live.any()) else 1.0)
