@@ -11,9 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from bitmill.account import Report
+from bitmill.calibrate.importance import moments_from
 from bitmill.calibrate.moments import load_moments, save_moments
 from bitmill.calibrate.tokens import Calibration, calibration_tokens
 from bitmill.calibrate.windows import tokens_sha256
+from bitmill.checkpoint.imatrix import read_imatrices
 from bitmill.core.axes import Checkpoint
 from bitmill.core.errors import BitmillError, Interrupted, Refused
 from bitmill.core.types import Moments, Note
@@ -36,6 +38,8 @@ def quantize(
     chat: bool = False,
     device: str = "cpu",
     moments: str | Path | None = None,
+    imatrix: str | Path | Sequence[str | Path] = (),
+    imatrix_missing: str = "plain",
     save: str | Path | None = None,
     force: bool = False,
     strict: bool = False,
@@ -54,6 +58,8 @@ def quantize(
         mixture.
         nsamples, seqlen, seed, chat: how many windows, how long, drawn how, through the chat template or not.
         moments: moments taken before, instead of calibrating.
+        imatrix: importance matrices, merged, instead of calibrating; for solvers that need no Gram matrix.
+        imatrix_missing: a weight without data: ``plain``, without importance and with a note, or ``refuse``.
         save: where to keep this run's moments.
         strict: refuse when a shape forces another type than the recipe's.
         resume: go on from an interrupted run of the same command.
@@ -69,24 +75,24 @@ def quantize(
     out = Path(out)
     source = open_source(model, revision=revision) if isinstance(model, str) else model
     wanted = parse(recipe) if isinstance(recipe, str) else recipe
-    calibrated = calib is not None or moments is not None
+    matrices = [Path(p) for p in ([imatrix] if isinstance(imatrix, str | Path) else imatrix)]
+    calibrated = calib is not None or moments is not None or bool(matrices)
+    nsamples, seqlen = (0, 0) if matrices else (nsamples, seqlen)
     made = plan(wanted, source, out, nsamples=nsamples, seqlen=seqlen, strict=strict, calibrated=calibrated)
     _refuse_existing(out, made, force)
     tell = progress or (lambda *_: None)
-    known, facts = load_moments(Path(moments)) if moments is not None else ({}, {})
-    _refuse_foreign_moments(known, facts, source, made)
-    calibration = Calibration.none()
+    if matrices and (calib is not None or moments is not None):
+        raise Refused("--imatrix stands instead of --calib and --moments", fix="give one of them")
+    known, calibration = importance(made, source, matrices, imatrix_missing)
+    if moments is not None:
+        known, calibration = _saved(Path(moments), source, made)
     if made.needs != "nothing" and not known:
         calibration = calibration_tokens(
             source, calib, nsamples=nsamples, seqlen=seqlen, seed=seed, chat=chat, progress=tell
         )
-    identity = {
-        **made.identity(),
-        "calibration": tokens_sha256(calibration.tokens)
-        if calibration.tokens.numel()
-        else facts.get("sha256", ""),
-        "device": device,
-    }
+    tokens = calibration.tokens
+    sha256 = tokens_sha256(tokens) if tokens.numel() else calibration.facts.get("sha256", "")
+    identity = {**made.identity(), "calibration": sha256, "device": device}
     space = Workspace(out, made.files, made.container.single_file, boundary)
     finished = _already_there(out, space, identity, force)
     if finished is not None:
@@ -100,6 +106,37 @@ def quantize(
     report = _walked(walk, identity, done, started, Path(save) if save is not None else None, force)
     tell("seal", 1, 1, str(out))
     return report
+
+
+def importance(
+    made: Plan, source: Checkpoint, matrices: Sequence[Path], missing: str = "plain"
+) -> tuple[dict[str, Moments], Calibration]:
+    """What importance matrices, merged, say about the weights of a plan, and the account of it; nothing
+    without any. See :func:`~bitmill.calibrate.importance.moments_from`.
+
+    Raises:
+        Refused: the recipe needs more than that, or changes what the matrices describe.
+    """
+    if not matrices:
+        return {}, Calibration.none()
+    if made.recipe.transforms:
+        raise Refused(
+            f"an importance matrix describes the inputs before {made.recipe.transforms[0].name} changes them",
+            fix="drop the transform, or calibrate: --calib TEXT instead of --imatrix",
+        )
+    if made.needs == "gram":
+        raise Refused(
+            f"{made.recipe.solver} needs Gram matrices; an importance matrix holds their diagonals only",
+            fix="nearest and clip work with --imatrix; or calibrate: --calib TEXT instead of it",
+        )
+    return moments_from(read_imatrices(matrices), source, made.rows, missing)
+
+
+def _saved(path: Path, source: Checkpoint, made: Plan) -> tuple[dict[str, Moments], Calibration]:
+    """Moments from a file, and what it says about the calibration they are from."""
+    known, facts = load_moments(path)
+    _refuse_foreign_moments(known, facts, source, made)
+    return known, Calibration(Calibration.none().tokens, facts)
 
 
 def _walked(

@@ -159,6 +159,7 @@ class Walk:
     def _write_by_rows(self, row: Row) -> None:
         slots = self.container.slots(row, self.source)
         raw = self.source.read(self.fold.source_name(row.name))
+        importance = self.known[row.name].importance if row.name in self.known else None
         whole = len(row.shape) == 1 or len(slots) != 1 or row.grid.block[0] != 1
         step = row.shape[0] if whole else max(32, CHUNK // row.shape[-1] // 32 * 32)
         at = 0
@@ -167,7 +168,7 @@ class Walk:
             if not all_finite(part):
                 self._read(row.name)  # raises with the count
             part = self.fold.apply(row.name, part, self.source.read)
-            quantized = row.grid.round(part.float())
+            quantized = row.grid.round(part.float(), importance)
             piece = replace(row, shape=(part.shape[0], *row.shape[1:]))
             for slot, data in self.container.pack(piece, quantized, self.source).items():
                 self.space.write(slot, data, at if not whole else 0)
@@ -201,13 +202,13 @@ class Walk:
 
     def _solve_known(self, index: int, rows: Sequence[Row], tensors: dict[str, Tensor]) -> None:
         solved = [row for row in rows if row.solved]
-        moments = {row.name: self.known[row.name] for row in solved}
+        moments = {row.name: self.known[row.name] for row in solved if row.name in self.known}
         moments = self._fit_transforms(index, rows, tensors, moments)
         groups: dict[int, list[Row]] = {}
         for row in solved:
-            groups.setdefault(id(moments[row.name]), []).append(row)
+            groups.setdefault(id(moments.get(row.name, row)), []).append(row)  # without data: by itself
         for group in groups.values():
-            self._solve(group, tensors, moments[group[0].name])
+            self._solve(group, tensors, moments.get(group[0].name))
         self._write_kept(rows, tensors)
 
     def _two_passes(
@@ -356,7 +357,8 @@ class Walk:
         key = str(row.grid)
         if key not in self._stacks:
             shape = (STACK_PROBE, row.shape[1])
-            params = row.grid.fit(torch.ones(shape)) if row.grid.refuses(shape) is None else {}
+            ones = torch.ones(shape)  # some grids have no rule without importance
+            params = row.grid.fit(ones, ones[0]) if row.grid.refuses(shape) is None else {}
             self._stacks[key] = all(p.dim() == 0 or p.shape[0] == STACK_PROBE for p in params.values())
         return self._stacks[key]
 

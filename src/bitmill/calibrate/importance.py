@@ -1,0 +1,166 @@
+"""Importance matrices of a model: taken on calibration text, and handed to the solvers as moments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from bitmill.calibrate.moments import MomentSum
+from bitmill.calibrate.stream import Block, Stream
+from bitmill.calibrate.tokens import Calibration
+from bitmill.checkpoint.gguf_arch import architecture_of_model
+from bitmill.checkpoint.imatrix import Entry, Imatrix
+from bitmill.core.axes import Checkpoint
+from bitmill.core.errors import BitmillError, Refused
+from bitmill.core.types import Moments, Note, Row
+
+MISSING = ("plain", "refuse")
+"""What becomes of a weight without data: it is quantized without importance, or the run is refused."""
+
+_DENSE = ("f32", "f16", "bf16")
+_TOKENS = 4096  # of a forward pass
+_NAMED = 6  # weights in a refusal
+
+
+def take_imatrix(
+    source: Checkpoint,
+    calibration: Calibration,
+    device: str = "cpu",
+    progress: Callable[[str, int, int, str], None] = lambda *_: None,
+) -> Imatrix:
+    """Run the calibration tokens through ``source`` and sum the squares of every block linear's input.
+
+    Raises:
+        Refused: llama.cpp has no names for this architecture's weights.
+        Unsolvable: an activation is NaN or infinite.
+    """
+    arch = architecture_of_model(source.config)
+    stream = Stream(source, device)
+    tokens = calibration.tokens
+    hidden = stream.embed(tokens)
+    batch = max(1, _TOKENS // tokens.shape[1])
+    entries: dict[str, Entry] = {}
+    for block in stream.blocks():
+        progress("activations", block.index, stream.layers, f"block {block.index}")
+        for path, moments in _summed(block, hidden, batch).items():
+            name = arch.gguf_name(f"{block.prefix}{path}.weight")
+            if name is not None:
+                counts = moments.square.new_full((1,), moments.tokens).long()
+                entries[name] = Entry(moments.square[None].cpu(), counts.cpu())
+    progress("activations", stream.layers, stream.layers, f"{tokens.numel()} tokens")
+    return Imatrix(dict(sorted(entries.items())), _names(calibration), tokens.shape[0], tokens.shape[1])
+
+
+def moments_from(
+    imatrix: Imatrix, source: Checkpoint, rows: Sequence[Row], missing: str = "plain"
+) -> tuple[dict[str, Moments], Calibration]:
+    """Moments without Gram matrices for the weights that ``imatrix`` knows, and the account of the rest.
+
+    Weights of a block with the same sums have the same input, and share a record.
+
+    Args:
+        rows: of the plan.
+        missing: one of :data:`MISSING`.
+
+    Raises:
+        Refused: the matrix is another model's; a weight has no data and ``missing`` is ``refuse``, or its
+        grid cannot do without.
+    """
+    if missing not in MISSING:
+        raise Refused(f"{missing!r} is not one of {', '.join(MISSING)}", where="imatrix_missing")
+    arch = architecture_of_model(source.config)
+    known: dict[str, Moments] = {}
+    shared: dict[tuple[int | None, str], Moments] = {}
+    lacking = []
+    for row in rows:
+        if not (row.solved or row.role == "head"):
+            continue
+        entry = imatrix.entries.get(arch.gguf_name(row.name) or "")
+        if entry is not None:
+            _refuse_shape(row, entry)
+        if entry is not None and int(entry.counts[0]) > 0:
+            record = Moments(int(entry.counts[0]), entry.in_sum2[0])
+            known[row.name] = shared.setdefault((row.layer, entry.digest), record)
+        elif row.solved and str(row.grid) not in _DENSE:
+            lacking.append(row)
+    if not known:
+        raise Refused(
+            "no weight of this model has data in the importance matrix",
+            where=f"its weights are called {', '.join(list(imatrix.entries)[:2])} …",
+            fix="take one on this model: bitmill imatrix MODEL -o FILE",
+        )
+    if missing == "refuse" and lacking:
+        raise _refused("the importance matrix has no data for", lacking, "drop --imatrix-missing refuse")
+    kinds = {(str(row.grid), row.shape[-1]): row for row in lacking}
+    demands = {kind for kind, row in kinds.items() if _demands(row)}
+    demanding = [row for row in lacking if (str(row.grid), row.shape[-1]) in demands]
+    if demanding:
+        raise _refused(
+            f"{demanding[0].grid} needs importance, and there is no data for",
+            demanding,
+            "give such weights another type",
+        )
+    notes = tuple(
+        Note("no-importance", row.name, "no data in the importance matrix: every channel counts alike")
+        for row in lacking
+    )
+    facts = {**_facts(imatrix), "weights": len(known), "without": len(lacking)}
+    return known, Calibration(Calibration.none().tokens, facts, notes)
+
+
+def _summed(block: Block, hidden: Tensor, batch: int) -> dict[str, Moments]:
+    """Moments of each linear's input by path; ``hidden`` becomes the block's output."""
+    linears, groups = block.linears(), block.shared_inputs(hidden[:1])
+    sums = {group[0]: MomentSum(linears[group[0]].in_features, False, hidden.device) for group in groups}
+
+    def adds(path: str) -> Callable[[Tensor], None]:
+        return lambda x: sums[path].add(x, block.prefix + path)
+
+    hooks = {path: adds(path) for path in sums}
+    for a in range(0, hidden.shape[0], batch):
+        hidden[a : a + batch] = block.watched(hidden[a : a + batch], hooks)
+    taken = {path: total.moments() for path, total in sums.items()}
+    return {path: taken[group[0]] for group in groups for path in group}
+
+
+def _names(calibration: Calibration) -> tuple[str, ...]:
+    sources = calibration.facts.get("sources") or ({"name": calibration.facts.get("source", "unknown")},)
+    return tuple(str(source["name"]) for source in sources)
+
+
+def _facts(imatrix: Imatrix) -> dict[str, Any]:
+    return {
+        "source": "importance matrix",
+        "sha256": imatrix.digest,
+        "datasets": list(imatrix.datasets),
+        "chunks": imatrix.chunk_count,
+    }
+
+
+def _refuse_shape(row: Row, entry: Entry) -> None:
+    if entry.in_sum2.shape != (1, row.shape[-1]):
+        matrices, columns = entry.in_sum2.shape
+        raise Refused(
+            f"the importance matrix has {matrices} × {columns} values, the weight {row.shape[-1]} columns",
+            where=row.name,
+            fix="it was taken on another model: take one on this model",
+        )
+
+
+def _demands(row: Row) -> bool:
+    """Whether the row's grid has no rule without importance: its search refuses to begin."""
+    if row.grid.refuses((1, row.shape[-1])) is not None:
+        return False
+    try:
+        row.grid.fit(Tensor([[1.0] * row.shape[-1]]))
+    except BitmillError:
+        return True
+    return False
+
+
+def _refused(what: str, rows: Sequence[Row], fix: str) -> Refused:
+    named = ", ".join(row.name for row in rows[:_NAMED])
+    more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
+    return Refused(f"{what} {len(rows)} weights", where=named + more, fix=f"{fix}, or take it on more text")
