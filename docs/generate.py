@@ -17,6 +17,7 @@ from typing import Any, get_args, get_type_hints
 
 import bitmill
 from bitmill.cli.doctor import doctor
+from bitmill.cli.imatrix import imatrix
 from bitmill.cli.inspect import inspect as inspect_file
 from bitmill.cli.measure import measure
 from bitmill.cli.plan import plan
@@ -37,7 +38,7 @@ keep = ["v"]
 [roles]
 head = "int8-channel-sym"
 ```"""
-VERBS: tuple[Callable[..., None], ...] = (quantize, measure, plan, inspect_file, recipes, doctor)
+VERBS: tuple[Callable[..., None], ...] = (quantize, measure, plan, inspect_file, imatrix, recipes, doctor)
 AXES = {
     "transforms": "A change of basis that makes weights easier to store. It is folded into the model, so "
     "that nothing has to be undone when the model runs.",

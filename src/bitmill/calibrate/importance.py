@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -126,8 +127,10 @@ def _summed(block: Block, hidden: Tensor, batch: int) -> dict[str, Moments]:
 
 
 def _names(calibration: Calibration) -> tuple[str, ...]:
+    """Names of the texts; of a file its own only, since a whole path tells where it was made."""
     sources = calibration.facts.get("sources") or ({"name": calibration.facts.get("source", "unknown")},)
-    return tuple(str(source["name"]) for source in sources)
+    names = [str(source["name"]) for source in sources]
+    return tuple(Path(name).name if Path(name).is_file() else name for name in names)
 
 
 def _facts(imatrix: Imatrix) -> dict[str, Any]:

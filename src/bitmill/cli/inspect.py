@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bitmill.cli import say
+from bitmill.cli.imatrix import show as show_imatrix
 from bitmill.cli.options import Json, Revision
 
 if TYPE_CHECKING:
@@ -22,7 +24,9 @@ def inspect(
     file: Annotated[
         str,
         typer.Argument(
-            metavar="FILE", help="A model file, a folder, a hub id or smollm2.", show_default=False
+            metavar="FILE",
+            help="A model file, a folder, a hub id, smollm2, or an importance matrix.",
+            show_default=False,
         ),
     ],
     tensors: Annotated[bool, typer.Option("--tensors", help="A line for every tensor.")] = False,
@@ -42,8 +46,12 @@ def inspect(
         bitmill inspect model.gguf
         bitmill inspect ./model --outliers --json
     """
+    from bitmill.checkpoint.imatrix import is_imatrix, read_imatrix
     from bitmill.source import open_source
 
+    if is_imatrix(Path(file)):
+        show_imatrix(read_imatrix(Path(file)), file, json)
+        return
     checkpoint = open_source(file, revision=revision)
     entries = [_entry(checkpoint, name, outliers) for name in checkpoint.tensors]
     whole = {

@@ -13,6 +13,7 @@ import typer
 
 from bitmill.cli import exits, say
 from bitmill.cli.doctor import doctor
+from bitmill.cli.imatrix import imatrix
 from bitmill.cli.inspect import inspect as inspect_file
 from bitmill.cli.measure import measure
 from bitmill.cli.plan import plan
@@ -70,6 +71,7 @@ _add(quantize)
 _add(measure)
 _add(plan)
 _add(inspect_file)
+_add(imatrix)
 _add(recipes, alone=True)
 _add(doctor, alone=True)
 

@@ -108,6 +108,21 @@ SaveMoments = Annotated[
     Path | None,
     typer.Option("--save-moments", help="Keep this run's moments for other recipes.", show_default=False),
 ]
+ImatrixFiles = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--imatrix",
+        help="An importance matrix (GGUF or .dat), instead of calibrating; several are merged.",
+        show_default=False,
+    ),
+]
+ImatrixMissing = Annotated[
+    str,
+    typer.Option(
+        "--imatrix-missing", metavar="plain|refuse",
+        help="A weight without data in it: plain quantizes without importance and notes it.",
+    ),
+]  # fmt: skip
 Measure = Annotated[
     bool, typer.Option("--measure/--no-measure", help="Measure the result against the original.")
 ]

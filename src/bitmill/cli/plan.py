@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bitmill.cli import say
-from bitmill.cli.options import Bits, Group, Json, Keep, Length, Model, Out, Recipe, Revision, Samples, Strict
+from bitmill.cli.options import (
+    Bits,
+    Group,
+    ImatrixFiles,
+    ImatrixMissing,
+    Json,
+    Keep,
+    Length,
+    Model,
+    Out,
+    Recipe,
+    Revision,
+    Samples,
+    Strict,
+)
 from bitmill.cli.wanted import wanted
 
 if TYPE_CHECKING:
+    from bitmill.core.axes import Checkpoint
     from bitmill.core.types import Row
     from bitmill.planning import Plan
 
@@ -27,6 +44,8 @@ def plan(
     keep: Keep = None,
     bits: Bits = None,
     group_size: Group = None,
+    imatrix: ImatrixFiles = None,
+    imatrix_missing: ImatrixMissing = "plain",
     revision: Revision = None,
     rows: Annotated[
         bool, typer.Option("--rows", help="A line for every tensor, not for every kind.")
@@ -49,14 +68,27 @@ def plan(
         wanted(recipe, keep or [], bits, group_size),
         source,
         out,
-        nsamples=nsamples,
-        seqlen=seqlen,
+        nsamples=0 if imatrix else nsamples,
+        seqlen=0 if imatrix else seqlen,
         strict=strict,
+        calibrated=bool(imatrix),
     )
+    check_imatrix(made, source, imatrix, imatrix_missing)
     if json:
         say.emit(made.to_json())
         return
     show(made, rows)
+
+
+def check_imatrix(made: Plan, source: Checkpoint, files: Sequence[Path] | None, missing: str) -> None:
+    """Refuse importance matrices that the plan cannot use; say how many weights they leave out."""
+    if not files:
+        return
+    from bitmill.mill import importance
+
+    _, account = importance(made, source, files, missing)
+    if account.notes:
+        say.note(f"{len(account.notes)} weights have no data in the importance matrix: {missing}")
 
 
 def show(made: Plan, every_row: bool) -> None:

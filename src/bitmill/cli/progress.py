@@ -25,6 +25,7 @@ TITLES = {
     "calibrate": "calibration text",
     "tokens": "calibration text",
     "block": "quantizing",
+    "activations": "summing activations",
     "resume": "resuming",
     "seal": "writing",
     "sample": "sampling",

@@ -17,6 +17,8 @@ from bitmill.cli.options import (
     DryRun,
     Force,
     Group,
+    ImatrixFiles,
+    ImatrixMissing,
     Json,
     Keep,
     Length,
@@ -62,6 +64,8 @@ def quantize(
     resume: Resume = True,
     moments: MomentsFile = None,
     save_moments: SaveMoments = None,
+    imatrix: ImatrixFiles = None,
+    imatrix_missing: ImatrixMissing = "plain",
     measure: Measure = True,
     text: Text = None,
     revision: Revision = None,
@@ -85,11 +89,12 @@ def quantize(
     if out is None and not dry_run:
         raise Refused("no output is named", fix="add -o, for example: -o out.gguf")
     source = open_source(model, revision=revision)
-    calibrated = bool(calib) or moments is not None
-    made = make_plan(
-        recipe_, source, out, nsamples=nsamples, seqlen=seqlen, strict=strict, calibrated=calibrated
-    )
+    calibrated = bool(calib) or moments is not None or bool(imatrix)
+    nsamples, seqlen = (0, 0) if imatrix else (nsamples, seqlen)
+    windows: dict[str, Any] = {"nsamples": nsamples, "seqlen": seqlen}
+    made = make_plan(recipe_, source, out, **windows, strict=strict, calibrated=calibrated)
     if dry_run:
+        planned.check_imatrix(made, source, imatrix, imatrix_missing)
         say.emit(made.to_json()) if json else planned.show(made, every_row=False)
         return
     assert out is not None
@@ -97,24 +102,11 @@ def quantize(
         say.note(line)
     from bitmill import mill
 
+    drawn: dict[str, Any] = {"calib": calib or None, **windows, "seed": seed, "chat": chat, "device": device}
+    given: dict[str, Any] = {"moments": moments, "imatrix": imatrix or (), "imatrix_missing": imatrix_missing}
+    conduct: dict[str, Any] = {"save": save_moments, "force": force, "strict": strict, "resume": resume}
     with Teller() as teller:
-        report = mill.quantize(
-            source,
-            recipe_,
-            out,
-            calib=calib or None,
-            nsamples=nsamples,
-            seqlen=seqlen,
-            seed=seed,
-            chat=chat,
-            device=device,
-            moments=moments,
-            save=save_moments,
-            force=force,
-            strict=strict,
-            resume=resume,
-            progress=teller,
-        )
+        report = mill.quantize(source, recipe_, out, **drawn, **given, **conduct, progress=teller)
     if not json:
         _say(report)
     how = measuring.How(text=text, device=device, revision=revision)
