@@ -37,6 +37,16 @@ keep = ["v"]
 
 [roles]
 head = "int8-channel-sym"
+```
+
+With one of llama.cpp's mixtures, `pure = true` and a table of patterns, searched in this order:
+
+```toml
+grid = "Q4_K_M"
+
+[tensors]
+'blk\\.[0-3]\\.ffn_down' = "q8_0"
+'ffn_(gate|up)' = "q5_k"
 ```"""
 VERBS: tuple[Callable[..., None], ...] = (quantize, measure, plan, inspect_file, imatrix, recipes, doctor)
 AXES = {
@@ -104,6 +114,12 @@ def recipes_page() -> str:
             ["option", "what it does"],
             [
                 ["`ROLE=GRID`", f"a grid of its own for one role: {', '.join(f'`{r}`' for r in ROLES)}"],
+                [
+                    "`/REGEX/=TYPE`",
+                    "with a mixture: a type for the tensors in whose GGUF name (`blk.0.ffn_down.weight`) the "
+                    "pattern is found, as `--tensor-type`; the first found decides, after `ROLE=GRID`",
+                ],
+                ["`pure`", "with a mixture: its default type for every tensor, embedding and head too"],
                 ["`keep=v+down`", "leaves these roles as they are"],
                 ["`fallback=GRID`", "for shapes that the grid refuses; without it the plan is refused"],
                 ["`dtype=bf16`", "precision of what is kept and of scales: `f32`, `f16` or `bf16`"],

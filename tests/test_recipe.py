@@ -23,6 +23,7 @@ def test_known_names_parse_in_any_case_and_round_trip(name: str) -> None:
         "gptq : q4_0, embed=q8_0, keep=v+down > gguf",
         "nearest : mxfp4, dtype=bf16 > compressed-tensors",
         "nearest : Q4_K_M > gguf",
+        r"nearest : Q4_K_M, embed=q8_0, /blk\.[0-3]\.ffn_(up|down)/=q6_k, /^(?:a:b>c,d=e)$/=f16, pure > gguf",
         "gptq(damp=0.1, act_order=false) : int3-g128-sym, fallback=int8-channel-sym > compressed-tensors",
     ],
 )
@@ -54,12 +55,41 @@ def test_solver_settles_what_the_grid_leaves_open() -> None:
         ("gptq : int4-g64, dtype=f64", "f32"),
         ("gptq( : int4", "name"),
         ("gptq : ", "no grid"),
+        ("Q4_K_M, /ffn/=q4_k_m", "mixture"),
+        ("Q4_K_M, /ffn/=q9_k", "no grid"),
+        ("Q4_K_M, /ffn/", "no value"),
+        ("Q4_K_M, /(ffn/=q8_0", "'(ffn' does not compile"),
+        (r"Q4_K_M, /\D/=q8_0", "lower case"),
+        ("Q4_K_M, /[[:digit:]]/=q8_0", "[0-9]"),
+        ("Q4_K_M, /(?<=a)b/=q8_0", "portable"),
+        ("Q4_K_M, /(?i)ffn/=q8_0", "portable"),
+        ("Q4_K_M, /(a+)+b/=q8_0", "for ever"),
+        ("Q4_K_M, //=q8_0", "empty"),
+        ("Q4_K_M, purr", "no value"),
+        ("int4-g64, pure", "mixture"),
+        ("int4-g64, /v_proj/=q8_0", "mixture"),
+        ("Q4_K_M, pure > bitmill", "GGUF"),
     ],
 )
 def test_typos_are_refused_with_a_hint(text: str, part: str) -> None:
     with pytest.raises(BadRecipe) as caught:
         parse(text)
     assert part in str(caught.value)
+
+
+def test_types_of_single_tensors_keep_their_order_and_lose_their_case() -> None:
+    recipe = parse(r"Q4_K_M, /FFN_down/=q6_k, pure, /ffn/=Q8_0")
+    assert recipe.tensors == (("ffn_down", "q6_k"), ("ffn", "q8_0")) and recipe.pure
+    assert parse(str(recipe)) == recipe
+
+
+def test_types_of_single_tensors_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text("grid = 'Q4_K_M'\npure = true\n[tensors]\n'ffn_(up|down)' = 'q6_k'\n'ffn' = 'q8_0'\n")
+    assert str(parse(str(path))) == "nearest : Q4_K_M, /ffn_(up|down)/=q6_k, /ffn/=q8_0, pure > gguf"
+    path.write_text("grid = 'Q4_K_M'\n[tensors]\n'a/b' = 'q6_k'\n")
+    with pytest.raises(BadRecipe, match="slash"):
+        parse(str(path))
 
 
 def test_toml_files(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bitmill.allocation.mixture import Mixture
+from bitmill.allocation.mixture import NEVER_BLIND, Mixture, demands_importance
 from bitmill.allocation.uniform import Uniform
 from bitmill.core import registry
 from bitmill.core.axes import Allocation, Checkpoint, Choice, Container, Grid, Weight, total_bytes
@@ -215,9 +216,15 @@ def plan(
     if _needs_own_head(recipe, family, facts):
         embed = facts[f"{family.module('embed', None)}.weight"]
         facts["lm_head.weight"] = TensorFacts("lm_head.weight", embed.shape, embed.dtype)
-    rows = _rows(
-        recipe, family, container, checkpoint, facts, dtype, calibrated and solver.needs == "nothing"
-    )
+    told = calibrated and solver.needs == "nothing"
+    rows = _rows(recipe, family, container, checkpoint, facts, dtype, told)
+    blind = _blind(recipe, rows)
+    if blind is not None:
+        rows = _rows(recipe, family, container, checkpoint, facts, dtype, True)
+        if needs == "nothing":
+            needs = "diagonal"
+            remarks += (f"{blind.grid} needs to know a weight's inputs: the run calibrates first",)
+    remarks += _unheard(recipe, rows, container, checkpoint)
     _refuse_rows(recipe, rows, container, solver, strict)
     provenance = {"recipe": str(recipe), "source": checkpoint.digest, "version": version("bitmill")}
     files = container.files(rows, checkpoint, provenance)
@@ -312,16 +319,21 @@ def _rows(
     dtype: str,
     imatrix: bool,
 ) -> tuple[Row, ...]:
-    allocation: Allocation = Mixture(recipe.grid) if recipe.is_mixture else Uniform(recipe.grid)
+    roles = dict(recipe.roles)
+    allocation: Allocation = Uniform(recipe.grid)
+    if recipe.is_mixture:
+        allocation = Mixture(recipe.grid, recipe.pure, recipe.tensors, roles.get("head"))
     model = {**traits(checkpoint.config), "imatrix": int(imatrix)}
     model["tied"] = int("lm_head.weight" not in facts)
-    roles = dict(recipe.roles)
+    if model["tied"] and "head" in roles and recipe.container == "gguf" and not recipe.is_mixture:
+        roles.setdefault("embed", roles["head"])  # GGUF has one matrix for both
     rows = []
     for name, fact in facts.items():
         role, layer = family.role(name)
         if role == "linear" and (len(fact.shape) != MATRIX or not name.endswith(".weight")):
             role = "other"
-        weight = Weight(name, role, layer, fact.shape, model["layers"], model)
+        stored = _stored(container, checkpoint, name, fact.shape) if recipe.tensors else ""
+        weight = Weight(name, role, layer, fact.shape, model["layers"], model, stored)
         choice = None
         if role in recipe.keep or len(fact.shape) != MATRIX:
             why = "kept: asked for" if role in recipe.keep else "kept: not a matrix"
@@ -335,6 +347,37 @@ def _rows(
         else:
             rows.append(_placed(recipe, container, weight, choice, dtype))
     return tuple(rows)
+
+
+def _stored(container: Container, checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> str:
+    """A tensor's name in the container; empty when it has no place there."""
+    row = Row(name, "other", None, shape, registry.parse_grid("f32"), False, "")
+    return next(iter(container.slots(row, checkpoint)), "")
+
+
+def _blind(recipe: Recipe, rows: Sequence[Row]) -> Row | None:
+    """The first row that cannot be stored well without knowing its inputs."""
+    return next((row for row in rows if demands_importance(recipe.grid, row.role, str(row.grid))), None)
+
+
+def _unheard(
+    recipe: Recipe, rows: Sequence[Row], container: Container, checkpoint: Checkpoint
+) -> tuple[str, ...]:
+    """What the recipe says of single tensors, and no tensor is that way."""
+    remarks = []
+    if recipe.tensors:
+        matrices = [row for row in rows if len(row.shape) == MATRIX]
+        stored = [_stored(container, checkpoint, row.name, row.shape) for row in matrices]
+        unused = [p for p, _ in recipe.tensors if not any(re.search(p, name) for name in stored)]
+        remarks += [f"/{pattern}/ is in no matrix's name" for pattern in unused]
+    head = dict(recipe.roles).get("head")
+    if recipe.is_mixture and head is not None and not any(row.role == "head" for row in rows):
+        embed = next((row for row in rows if row.role == "embed"), None)
+        if embed is not None and head not in (str(embed.grid), embed.fallback):
+            remarks.append(
+                f"head={head} is for no tensor: the embedding is also the head, and has its own type"
+            )
+    return tuple(remarks)
 
 
 def _placed(recipe: Recipe, container: Container, weight: Weight, choice: Choice, dtype: str) -> Row:
@@ -370,6 +413,12 @@ def _refuse_rows(
             raise Refused(
                 f"{recipe.container.replace('_', '-')} cannot hold {row.grid} as {row.role}: {reason}",
                 where=row.name,
+            )
+        if not row.solved and str(row.grid) in NEVER_BLIND:
+            raise Refused(
+                f"{row.grid} needs to know a weight's inputs, and those of the {row.role} are not taken",
+                where=row.name,
+                fix=f"give it another type: {row.role}=q4_k",
             )
         reason = solver.refuses(row.grid) if row.solved else None
         if reason is not None:

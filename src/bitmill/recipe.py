@@ -1,8 +1,9 @@
-"""A recipe: what the user wants, in one line that reads as the sentence it is.
+r"""A recipe: what the user wants, in one line that reads as the sentence it is.
 
     awq + gptq(damp=0.01) : int4-g128-asym > compressed-tensors
     nearest : Q4_K_M > gguf
     gptq : q4_0, embed=q8_0, keep=v+down > gguf
+    nearest : Q4_K_M, /blk\.[0-3]\.ffn_down/=q8_0 > gguf
 
 ``transforms + solver : grid-or-mixture, options > container``. Parsing and printing round-trip; known names
 (``Q4_K_M``, ``W4A16``, ``nf4``) are recipes in a table; long ones live in TOML files with the same keys.
@@ -70,6 +71,17 @@ KNOWN: Mapping[str, str] = {
 """Names people already use, in lower case with ``-``, and the recipe each stands for."""
 
 
+_NOT_EVERYWHERE = (
+    (r"\\[A-Z]", "llama.cpp puts patterns in lower case first, which turns a class like \\D into \\d"),
+    (r"\[[.:=]", "classes like [[:digit:]] are not portable; write [0-9]"),
+    (r"\[\^?\]", "an empty class [] is not portable"),
+    (r"\(\?(?![:=!])", "only (?:…), (?=…) and (?!…) are portable"),
+    (r"[*+?}]\+", "possessive repeats are not portable"),
+    (r"\([^()]*[*+][^()]*\)[*+{]", "a repeat of what repeats can take for ever"),
+)
+"""What means something else to C++'s std::regex, which llama.cpp uses, than to Python."""
+
+
 @dataclass(frozen=True)
 class Call:
     """A member of an axis with the options that were set: ``gptq(damp=0.05)``."""
@@ -95,6 +107,12 @@ class Recipe:
         fallback: grid for a shape that the grid refuses; None refuses the plan.
         dtype: precision of what is kept and of scales; None follows the source.
         container: file layout.
+        tensors: types for tensors by llama.cpp's names, ``(("blk.0.ffn_", "q8_0"), …)``: regular
+        expressions, searched in this order; the first that is found decides, after ``roles``.
+        pure: whether a mixture gives every tensor its default type, embedding and head too.
+
+    Raises:
+        BadRecipe: ``tensors`` or ``pure`` without a mixture and GGUF.
     """
 
     transforms: tuple[Call, ...]
@@ -105,10 +123,23 @@ class Recipe:
     keep: tuple[str, ...] = ()
     fallback: str | None = None
     dtype: str | None = None
+    tensors: tuple[tuple[str, str], ...] = ()
+    pure: bool = False
+
+    def __post_init__(self) -> None:
+        said = [f"/{pattern}/={kind}" for pattern, kind in self.tensors] + ["pure"] * self.pure
+        if said and not (self.is_mixture and self.container == "gguf"):
+            raise BadRecipe(
+                f"{said[0]} changes one of llama.cpp's mixtures, in GGUF",
+                where=f"{self.grid} > {self.container.replace('_', '-')}",
+                fix="name a mixture, for example Q4_K_S; on other grids say ROLE=GRID",
+            )
 
     def __str__(self) -> str:
         axes = " + ".join(str(c) for c in (*self.transforms, self.solver))
         options = [f"{role}={grid}" for role, grid in self.roles]
+        options += [f"/{pattern}/={kind}" for pattern, kind in self.tensors]
+        options += ["pure"] if self.pure else []
         options += [f"keep={'+'.join(self.keep)}"] if self.keep else []
         options += [f"fallback={self.fallback}"] if self.fallback else []
         options += [f"dtype={self.dtype}"] if self.dtype else []
@@ -146,7 +177,43 @@ def parse(text: str) -> Recipe:
     return _parse_line(text, known)
 
 
+def tensor_type(pattern: str, kind: str) -> tuple[str, str]:
+    """A pattern on llama.cpp's tensor names and the type it gives them, as ``--tensor-type`` has it.
+
+    The pattern is put in lower case, as llama.cpp does.
+
+    Raises:
+        BadRecipe: the pattern does not compile or means something else to llama.cpp, or the type is none.
+    """
+    where = f"{pattern}={kind}"
+    if not pattern or "/" in pattern:
+        raise BadRecipe("a pattern is not empty and has no slash", where=where, fix=r"e.g. blk\.0\.ffn_down")
+    for strange, why in _NOT_EVERYWHERE:
+        if re.search(strange, pattern):
+            raise BadRecipe(f"pattern {pattern!r}: {why}", where=where)
+    pattern = pattern.lower()
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise BadRecipe(f"pattern {pattern!r} does not compile: {error}", where=where) from error
+    grid = registry.find_grid(kind.strip().lower())
+    if grid is None and kind.strip().upper() in Mixture.names():
+        raise BadRecipe(
+            f"{kind} is a mixture, and one tensor has one type", where=where, fix="for example q4_k or q6_k"
+        )
+    return pattern, str(grid or registry.parse_grid(kind))
+
+
 def _parse_line(text: str, known: Mapping[str, str]) -> Recipe:
+    patterns: list[str] = []
+
+    def put_aside(match: re.Match[str]) -> str:
+        patterns.append(match[1])
+        return f"/{len(patterns) - 1}/"
+
+    text = re.sub(
+        r"/([^/]*)/(?=\s*=)", put_aside, text
+    )  # a pattern may hold any of the signs that part a recipe
     body, _, container = text.partition(">")
     axes, colon, rest = body.partition(":")
     if not colon:
@@ -161,20 +228,25 @@ def _parse_line(text: str, known: Mapping[str, str]) -> Recipe:
         make("transforms", call)
     made = make("solvers", solver)
     head, *options = _split(rest)
-    return _with_options(tuple(transforms), solver, _grid_text(head, made), options, container.strip())
+    grid = _grid_text(head, made)
+    fields = _fields(options, patterns)
+    return Recipe(tuple(transforms), solver, grid, _container(container.strip(), grid), **fields)
 
 
-def _with_options(
-    transforms: tuple[Call, ...], solver: Call, grid: str, options: list[str], container: str
-) -> Recipe:
+def _fields(options: list[str], patterns: list[str]) -> dict[str, Any]:
     roles: list[tuple[str, str]] = []
+    tensors: list[tuple[str, str]] = []
     fields: dict[str, Any] = {}
     for option in options:
         key, equals, value = (part.strip() for part in option.partition("="))
         key, value = key.lower(), value.lower()
-        if not equals:
+        if key == "pure" and value in ("", "true"):
+            fields["pure"] = True
+        elif not equals:
             raise BadRecipe(f"option {option!r} has no value", fix="options read key=value, e.g. embed=q8_0")
-        if key in ROLES:
+        elif re.fullmatch(r"/\d+/", key):
+            tensors.append(tensor_type(patterns[int(key[1:-1])], value))
+        elif key in ROLES:
             roles.append((key, str(registry.parse_grid(value))))
         elif key == "keep":
             fields["keep"] = tuple(_role(r) for r in value.split("+"))
@@ -188,17 +260,16 @@ def _with_options(
             raise BadRecipe(
                 f"unknown option {key!r}",
                 where=option,
-                fix=_closest(key, [*ROLES, "keep", "fallback", "dtype"]),
+                fix=_closest(key, [*ROLES, "keep", "fallback", "dtype", "pure"]),
             )
-    name = _container(container, grid)
-    return Recipe(transforms, solver, grid, name, tuple(roles), **fields)
+    return {**fields, "roles": tuple(roles), "tensors": tuple(tensors)}
 
 
 def from_toml(path: Path) -> Recipe:
     """A recipe from a file.
 
-    It holds ``recipe = "…"``, or the keys ``transforms solver grid container keep fallback dtype`` and a
-    table ``[roles]``. Unknown keys are errors.
+    It holds ``recipe = "…"``, or the keys ``transforms solver grid container keep fallback dtype pure`` and
+    the tables ``[roles]`` and ``[tensors]``. Unknown keys are errors.
 
     Raises:
         BadRecipe: the file does not exist, does not parse, or holds an unknown key.
@@ -209,7 +280,8 @@ def from_toml(path: Path) -> Recipe:
         raise BadRecipe(f"cannot read {str(path)!r}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadRecipe(f"not a TOML file: {error}", where=str(path)) from error
-    allowed = ["recipe", "transforms", "solver", "grid", "container", "keep", "fallback", "dtype", "roles"]
+    allowed = ["recipe", "transforms", "solver", "grid", "container", "keep", "fallback", "dtype", "pure"]
+    allowed += ["roles", "tensors"]
     for key in table:
         if key not in allowed:
             raise BadRecipe(f"unknown key {key!r}", where=str(path), fix=_closest(key, allowed))
@@ -224,6 +296,9 @@ def from_toml(path: Path) -> Recipe:
         [*(transforms if isinstance(transforms, list) else [transforms]), table.get("solver", "nearest")]
     )
     options = [f"{role}={grid}" for role, grid in table.get("roles", {}).items()]
+    found = [tensor_type(pattern, str(kind)) for pattern, kind in table.get("tensors", {}).items()]
+    options += [f"/{pattern}/={kind}" for pattern, kind in found]
+    options += ["pure"] if table.get("pure", False) else []
     keep = table.get("keep", [])
     options += [f"keep={'+'.join(keep if isinstance(keep, list) else [keep])}"] if keep else []
     options += [f"{key}={table[key]}" for key in ("fallback", "dtype") if key in table]

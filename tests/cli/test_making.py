@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from bitmill.checkpoint.gguf import GgufFile
+from bitmill.containers.gguf import MIXTURES
 from bitmill.measurement.measure import NothingMeasured
 from tests.cli.command import Command
+from tests.tiny import make_model
 
 TEXT = "The miller weighs each grain and writes the number down. " * 200
 SMALL = ("--windows", "2", "--window", "32", "--no-floor")
@@ -66,6 +70,88 @@ def test_quantize_does_not_overwrite(command: Command, tiny_llama: Path, tmp_pat
 def test_bits_and_group_stand_for_a_recipe(command: Command, tiny_llama: Path, tmp_path: Path) -> None:
     words = ("--bits", "4", "--q-group-size", "32", "-o", tmp_path / "x", "--dry-run", "--json")
     assert command("quantize", tiny_llama, *words).json["recipe"].startswith("gptq : int4-g32")
+
+
+def _grids(plan: dict[str, Any]) -> dict[str, str]:
+    return {row["name"]: row["grid"] for row in plan["rows"] if len(row["shape"]) == 2}
+
+
+def test_types_of_single_tensors(command: Command, tiny_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "q.gguf"
+    words = (
+        "--tensor-type",
+        r"blk\.[12]\.ffn_=q8_0",
+        "--tensor-type",
+        "ffn=q5_1",
+        "--tensor-type",
+        "absent=f16",
+    )
+    said = command("plan", tiny_llama, "Q4_0", *words, "--token-embedding-type", "q5_0", "--json").json
+    grids = _grids(said)
+    assert grids["model.layers.2.mlp.down_proj.weight"] == "q8_0"
+    assert grids["model.layers.0.mlp.down_proj.weight"] == "q5_1"
+    assert grids["model.layers.0.self_attn.q_proj.weight"] == "q4_0"
+    assert grids["model.embed_tokens.weight"] == "q5_0"
+    assert any("/absent/" in remark for remark in said["remarks"])
+    made = command("quantize", tiny_llama, said["recipe"], "-o", out, "--no-measure")
+    assert made.code == 0, made.err
+    assert out.stat().st_size == said["bytes"]
+    file = GgufFile(out)
+    assert file.metadata["general.file_type"] == MIXTURES["Q4_0"]
+    assert file.tensors["blk.1.ffn_up.weight"].type.name == "Q8_0"
+
+
+def test_pure_and_the_type_of_the_head(command: Command, tiny_llama: Path) -> None:
+    """The embedding is also the head: it takes the head's type, unless the mixture is pure."""
+    head = ("--output-tensor-type", "q5_1")
+    assert (
+        _grids(command("plan", tiny_llama, "Q4_0", *head, "--json").json)["model.embed_tokens.weight"]
+        == "q5_1"
+    )
+    pure = command("plan", tiny_llama, "Q4_0", "--pure", *head, "--json").json
+    assert set(_grids(pure).values()) == {"q4_0"} and any("head=q5_1" in r for r in pure["remarks"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "part"),
+    [
+        ("W4A16", ("--pure",), "GGUF"),
+        ("W4A16", ("--tensor-type", "v_proj=q8_0"), "GGUF"),
+        ("W4A16", ("--output-tensor-type", "q8_0"), "GGUF"),
+        ("Q4_0", ("--tensor-type", "(ffn=q8_0"), "does not compile"),
+        ("Q4_0", ("--tensor-type", "ffn"), "names no type"),
+        ("Q4_0", ("--token-embedding-type", "q9_0"), "no grid"),
+        ("Q4_0", ("--token-embedding-type", "iq2_xs"), "embed"),
+    ],
+)
+def test_types_that_cannot_be(
+    command: Command, tiny_llama: Path, recipe: str, words: tuple[str, ...], part: str
+) -> None:
+    said = command("plan", tiny_llama, recipe, *words)
+    assert said.code == 2 and part in said.err
+
+
+def test_shapes_that_force_another_type_are_counted_listed_and_refused(
+    command: Command, tiny_llama: Path
+) -> None:
+    said = command("plan", tiny_llama, "Q4_K_M", "--rows").out.splitlines()
+    assert said[0].startswith("shapes force another type on") and "q4_k -> q5_0" in said[0]
+    assert sum("instead of q4_k" in line for line in said[1:]) > 1
+    refused = command("plan", tiny_llama, "Q4_K_M", "--strict")
+    assert refused.code == 2 and "q6_k -> q8_0" in refused.err
+
+
+def test_a_mixture_that_must_know_its_inputs_calibrates_by_itself(
+    command: Command, tmp_path: Path, text: Path
+) -> None:
+    model, out = make_model(tmp_path / "wide", hidden_size=256), tmp_path / "q.gguf"
+    few = ("--nsamples", "4", "--seqlen", "32")
+    said = command("plan", model, "Q2_K_S", *few, "--json").json
+    assert said["calibration"]["needs"] == "diagonal" and any("inputs" in r for r in said["remarks"])
+    assert command("plan", model, "Q2_K", "--json").json["calibration"]["needs"] == "nothing"
+    made = command("quantize", model, "Q2_K_S", "-o", out, *few, "--calib", text, "--no-measure")
+    assert made.code == 0 and "calibration" in made.err, made.err
+    assert out.stat().st_size == said["bytes"]
 
 
 def test_moments_are_kept_for_another_recipe(

@@ -62,6 +62,35 @@ Keep = Annotated[
         show_default=False,
     ),
 ]  # fmt: skip
+TensorType = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tensor-type", metavar="REGEX=TYPE",
+        help="With a mixture: a type for the tensors in whose GGUF name (blk.0.ffn_down.weight) the pattern "
+        "is found. May be repeated; the first that is found decides.",
+        show_default=False,
+    ),
+]  # fmt: skip
+OutputType = Annotated[
+    str | None,
+    typer.Option(
+        "--output-tensor-type", metavar="TYPE",
+        help="GGUF: the head's type, or that of an embedding which is also the head (head=TYPE in a "
+        "recipe).",
+        show_default=False,
+    ),
+]  # fmt: skip
+EmbeddingType = Annotated[
+    str | None,
+    typer.Option(
+        "--token-embedding-type", metavar="TYPE",
+        help="GGUF: the embedding's type (embed=TYPE in a recipe).", show_default=False,
+    ),
+]  # fmt: skip
+Pure = Annotated[
+    bool,
+    typer.Option("--pure", help="With a mixture: its default type for every tensor, embedding and head too."),
+]
 Bits = Annotated[
     int | None,
     typer.Option(

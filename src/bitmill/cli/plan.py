@@ -13,6 +13,7 @@ import typer
 from bitmill.cli import say
 from bitmill.cli.options import (
     Bits,
+    EmbeddingType,
     Group,
     ImatrixFiles,
     ImatrixMissing,
@@ -21,12 +22,15 @@ from bitmill.cli.options import (
     Length,
     Model,
     Out,
+    OutputType,
+    Pure,
     Recipe,
     Revision,
     Samples,
     Strict,
+    TensorType,
 )
-from bitmill.cli.wanted import wanted
+from bitmill.cli.wanted import Types, wanted
 
 if TYPE_CHECKING:
     from bitmill.core.axes import Checkpoint
@@ -44,6 +48,10 @@ def plan(
     keep: Keep = None,
     bits: Bits = None,
     group_size: Group = None,
+    tensor_type: TensorType = None,
+    output_tensor_type: OutputType = None,
+    token_embedding_type: EmbeddingType = None,
+    pure: Pure = False,
     imatrix: ImatrixFiles = None,
     imatrix_missing: ImatrixMissing = "plain",
     revision: Revision = None,
@@ -64,8 +72,9 @@ def plan(
     from bitmill.source import open_source
 
     source = open_source(model, revision=revision)
+    types = Types(tensor_type or (), output_tensor_type, token_embedding_type, pure)
     made = make_plan(
-        wanted(recipe, keep or [], bits, group_size),
+        wanted(recipe, keep or [], bits, group_size, types),
         source,
         out,
         nsamples=0 if imatrix else nsamples,

@@ -15,6 +15,7 @@ from bitmill.cli.options import (
     Chat,
     Device,
     DryRun,
+    EmbeddingType,
     Force,
     Group,
     ImatrixFiles,
@@ -26,6 +27,8 @@ from bitmill.cli.options import (
     Model,
     MomentsFile,
     Out,
+    OutputType,
+    Pure,
     Recipe,
     Resume,
     Revision,
@@ -33,10 +36,11 @@ from bitmill.cli.options import (
     SaveMoments,
     Seed,
     Strict,
+    TensorType,
     Text,
 )  # fmt: skip
 from bitmill.cli.progress import Teller
-from bitmill.cli.wanted import wanted
+from bitmill.cli.wanted import Types, wanted
 from bitmill.core.errors import Refused
 
 if TYPE_CHECKING:
@@ -59,6 +63,10 @@ def quantize(
     keep: Keep = None,
     bits: Bits = None,
     group_size: Group = None,
+    tensor_type: TensorType = None,
+    output_tensor_type: OutputType = None,
+    token_embedding_type: EmbeddingType = None,
+    pure: Pure = False,
     strict: Strict = False,
     force: Force = False,
     resume: Resume = True,
@@ -85,7 +93,8 @@ def quantize(
     from bitmill.planning import plan as make_plan
     from bitmill.source import open_source
 
-    recipe_ = wanted(recipe, keep or [], bits, group_size)
+    types = Types(tensor_type or (), output_tensor_type, token_embedding_type, pure)
+    recipe_ = wanted(recipe, keep or [], bits, group_size, types)
     if out is None and not dry_run:
         raise Refused("no output is named", fix="add -o, for example: -o out.gguf")
     source = open_source(model, revision=revision)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from bitmill.core.errors import BadRecipe
@@ -25,8 +26,28 @@ MODULES = {
 """Module names people know, and the role each stands for."""
 
 
+@dataclass(frozen=True)
+class Types:
+    """What ``llama-quantize`` lets one say about single tensors.
+
+    Attributes:
+        tensors: ``REGEX=TYPE``, in the order of the command line.
+        output, embedding: types of the head and of the embedding.
+        pure: one type for all.
+    """
+
+    tensors: Sequence[str] = ()
+    output: str | None = None
+    embedding: str | None = None
+    pure: bool = False
+
+
 def wanted(
-    text: str | None, keep: Sequence[str], bits: int | None = None, group: int | None = None
+    text: str | None,
+    keep: Sequence[str],
+    bits: int | None = None,
+    group: int | None = None,
+    types: Types | None = None,
 ) -> Recipe:
     """The recipe that a command line asks for.
 
@@ -34,12 +55,11 @@ def wanted(
         text: the recipe argument, if it was given.
         keep: roles or module names to leave as they are, each may list several with ``,`` or ``+``.
         bits, group: ``--bits`` and ``--group-size``, which stand for a recipe.
+        types: what is said about single tensors; it goes before what the recipe says.
 
     Raises:
         BadRecipe: nothing, or two things, were asked for; or what was asked for does not exist.
     """
-    from dataclasses import replace
-
     from bitmill.recipe import parse
 
     if text is None and bits is None:
@@ -51,10 +71,38 @@ def wanted(
         )
     if text is None:
         text = f"gptq : int{bits}-{'channel' if group == -1 else f'g{group or 128}'}"
-    recipe = parse(text)
+    recipe = _typed(parse(text), types or Types())
     names = [part.strip() for word in keep for part in word.replace("+", ",").split(",") if part.strip()]
     roles = _roles(names)
     return replace(recipe, keep=tuple(dict.fromkeys((*recipe.keep, *roles)))) if roles else recipe
+
+
+def _typed(recipe: Recipe, types: Types) -> Recipe:
+    from bitmill.core.registry import parse_grid
+    from bitmill.recipe import tensor_type
+
+    said = {"embed": types.embedding, "head": types.output}
+    roles = {role: str(parse_grid(grid)) for role, grid in said.items() if grid is not None}
+    if roles and recipe.container != "gguf":
+        raise BadRecipe(
+            "--output-tensor-type and --token-embedding-type are for GGUF",
+            where=str(recipe),
+            fix="say head=GRID or embed=GRID in the recipe",
+        )
+    tensors = []
+    for word in types.tensors:
+        pattern, equals, kind = word.partition("=")
+        if not equals:
+            raise BadRecipe(
+                f"--tensor-type {word!r} names no type", fix="write REGEX=TYPE, e.g. ffn_down=q6_k"
+            )
+        tensors.append(tensor_type(pattern, kind))
+    return replace(
+        recipe,
+        roles=tuple({**dict(recipe.roles), **roles}.items()),
+        tensors=(*tensors, *recipe.tensors),
+        pure=recipe.pure or types.pure,
+    )
 
 
 def _roles(names: Sequence[str]) -> list[str]:

@@ -59,13 +59,40 @@ _FILE_TYPES: Mapping[str, int] = MappingProxyType(
         "q4_k": 14,
         "q5_k": 16,
         "q6_k": 18,
+        "iq2_xxs": 19,
+        "iq2_xs": 20,
+        "iq3_xxs": 23,
+        "iq1_s": 24,
+        "iq4_nl": 25,
+        "iq3_s": 26,
+        "iq2_s": 28,
+        "iq4_xs": 30,
+        "iq1_m": 31,
         "bf16": 32,
+        "tq1_0": 36,
+        "tq2_0": 37,
+        "mxfp4": 38,
+        "nvfp4": 39,
     }
 )
-_MIXTURES: Mapping[str, int] = MappingProxyType(
-    {"Q3_K_M": 12, "Q3_K_L": 13, "Q4_K_M": 15, "Q5_K_M": 17, "Q2_K_S": 21}
+MIXTURES: Mapping[str, int] = MappingProxyType(
+    {
+        **{kind.upper(): number for kind, number in _FILE_TYPES.items()},
+        "Q3_K_S": 11,
+        "Q3_K_M": 12,
+        "Q3_K_L": 13,
+        "Q4_K_S": 14,
+        "Q4_K_M": 15,
+        "Q5_K_S": 16,
+        "Q5_K_M": 17,
+        "Q2_K_S": 21,
+        "IQ3_XS": 22,
+        "IQ3_M": 27,
+        "IQ2_M": 29,
+        "MXFP4_MOE": 38,
+    }
 )
-"""Mixtures that are more than the type that holds most weights; a row's reason begins with their name."""
+"""Numbers of llama.cpp's mixtures; a row's reason begins with the mixture's name."""
 _NOT_COPIED = ("split.", "quantize.", "bitmill.")
 """Prefixes of keys that describe the source file, not the model."""
 _QUANTIZATION_VERSION = 2
@@ -214,8 +241,8 @@ def _quantization_keys(rows: Sequence[Row]) -> dict[str, bytes]:
         if len(row.shape) > 1:
             weights[str(row.grid)] += prod(row.shape)
     kind = weights.most_common(1)[0][0] if weights else "f32"
-    mixtures = {row.why.partition(":")[0] for row in rows} & set(_MIXTURES)
+    mixtures = {row.why.partition(":")[0] for row in rows} & set(MIXTURES)
     return {
-        "general.file_type": encoded(_MIXTURES[mixtures.pop()] if mixtures else _FILE_TYPES[kind]),
+        "general.file_type": encoded(MIXTURES[mixtures.pop()] if mixtures else _FILE_TYPES[kind]),
         "general.quantization_version": encoded(_QUANTIZATION_VERSION),
     }

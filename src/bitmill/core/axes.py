@@ -243,6 +243,7 @@ class Weight:
         name, role, layer, shape: as in :class:`~bitmill.core.types.Row`.
         layers: number of blocks of the model.
         traits: facts of the model: ``heads``, ``kv_heads``, ``tied`` (1/0), ``experts``, ``imatrix`` (1/0).
+        stored: its name in the container, where one is asked for by that.
     """
 
     name: str
@@ -251,6 +252,7 @@ class Weight:
     shape: tuple[int, ...]
     layers: int
     traits: Mapping[str, int]
+    stored: str = ""
 
 
 @dataclass(frozen=True)
