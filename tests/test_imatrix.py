@@ -21,7 +21,6 @@ from bitmill.calibrate.importance import moments_from, take_imatrix
 from bitmill.calibrate.tokens import Calibration
 from bitmill.checkpoint.imatrix import Entry, Imatrix, is_imatrix, read_imatrices, read_imatrix, write_imatrix
 from bitmill.core.errors import BadFile, Refused
-from bitmill.core.types import Params
 from bitmill.grids.kquant import KQuant
 from bitmill.planning import plan
 from bitmill.recipe import parse
@@ -334,24 +333,6 @@ def test_weights_without_data_are_the_users_choice(
     assert report.calibration["without"] == 1
     plain = KQuant("q4_0").round(open_source(str(model)).read(Q)).dense()
     assert torch.equal(open_source(str(tmp_path / "out.gguf")).read(Q), plain)
-
-
-def test_a_grid_that_needs_importance_is_refused_by_name(
-    model: Path, taken: Imatrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fit = KQuant.fit
-
-    def demanding(grid: KQuant, w: Tensor, importance: Tensor | None = None) -> Params:
-        if importance is None:
-            raise Refused("no rule without importance")
-        return fit(grid, w, importance)
-
-    monkeypatch.setattr(KQuant, "fit", demanding)
-    path, lost = tmp_path / "m.gguf", "blk.1.attn_q.weight"
-    write_imatrix(path, Imatrix({n: e for n, e in taken.entries.items() if n != lost}, (), 4, 32), "gguf")
-    with pytest.raises(Refused, match="q4_0 needs importance") as caught:
-        mill.quantize(str(model), "nearest : q4_0 > gguf", tmp_path / "out.gguf", imatrix=path)
-    assert caught.value.where == Q
 
 
 def test_weights_with_one_input_share_a_record(model: Path, taken: Imatrix) -> None:

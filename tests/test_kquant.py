@@ -70,11 +70,11 @@ def test_scaled_widens_the_range_and_stays_storable(grid: KQuant) -> None:
 
 @every_grid
 def test_importance_lowers_the_error_it_weighs(grid: KQuant) -> None:
-    """… and changes nothing in Q8_0, which has no search."""
+    """… and changes nothing in types that have no search."""
     w, importance = _weights(64), torch.rand(512, generator=torch.Generator().manual_seed(4)) ** 6
     plain, told = grid.round(w).dense(), grid.round(w, importance).dense()
     cost = [float((importance * (w - value) ** 2).sum()) for value in (plain, told)]
-    assert cost[1] == cost[0] if grid.type == "q8_0" else cost[1] < 0.97 * cost[0]
+    assert cost[1] == cost[0] if grid.type in ("q8_0", "tq1_0", "tq2_0") else cost[1] < 0.97 * cost[0]
 
 
 @every_grid
@@ -100,6 +100,9 @@ def test_any_bytes_survive_the_round_trip(grid: KQuant) -> None:
     raw = np.random.default_rng(8).integers(0, 256, (5, TYPES[grid.type].row_bytes(512)), dtype=np.uint8)
     codes, params = unpack(grid.type, raw)
     assert codes.shape == (5, 512)
+    if grid.type == "tq1_0":  # more bytes than five digits of base three: some mean the same
+        raw = pack(grid.type, codes, params)
+        codes, params = unpack(grid.type, raw)
     assert np.array_equal(pack(grid.type, codes, params), raw)
 
 

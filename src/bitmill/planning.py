@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bitmill.allocation.mixture import NEVER_BLIND, Mixture, demands_importance
+from bitmill.allocation.mixture import Mixture, demands_importance
 from bitmill.allocation.uniform import Uniform
 from bitmill.core import registry
 from bitmill.core.axes import Allocation, Checkpoint, Choice, Container, Grid, Weight, total_bytes
@@ -413,12 +413,6 @@ def _refuse_rows(
             raise Refused(
                 f"{recipe.container.replace('_', '-')} cannot hold {row.grid} as {row.role}: {reason}",
                 where=row.name,
-            )
-        if not row.solved and str(row.grid) in NEVER_BLIND:
-            raise Refused(
-                f"{row.grid} needs to know a weight's inputs, and those of the {row.role} are not taken",
-                where=row.name,
-                fix=f"give it another type: {row.role}=q4_k",
             )
         reason = solver.refuses(row.grid) if row.solved else None
         if reason is not None:

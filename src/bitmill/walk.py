@@ -357,8 +357,7 @@ class Walk:
         key = str(row.grid)
         if key not in self._stacks:
             shape = (STACK_PROBE, row.shape[1])
-            ones = torch.ones(shape)  # some grids have no rule without importance
-            params = row.grid.fit(ones, ones[0]) if row.grid.refuses(shape) is None else {}
+            params = row.grid.fit(torch.ones(shape)) if row.grid.refuses(shape) is None else {}
             self._stacks[key] = all(p.dim() == 0 or p.shape[0] == STACK_PROBE for p in params.values())
         return self._stacks[key]
 

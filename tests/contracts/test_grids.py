@@ -18,6 +18,9 @@ every = pytest.mark.parametrize("grid", GRIDS, ids=str)
 every_scalar = pytest.mark.parametrize("grid", SCALARS, ids=str)
 
 OUT, IN = 16, 512
+TERNARY = ("tq1_0", "tq2_0")
+LOUD = ("iq1_s", "iq1_m", "iq2_xxs")
+"""In llama.cpp's files silent runs beside a loud one get the smallest scale, which is not 0."""
 PUBLISHED_BPW = {
     "f32": 32.0,
     "bf16": 16.0,
@@ -33,6 +36,17 @@ PUBLISHED_BPW = {
     "q4_k": 4.5,
     "q5_k": 5.5,
     "q6_k": 6.5625,
+    "iq1_s": 1.5625,
+    "iq1_m": 1.75,
+    "iq2_xxs": 2.0625,
+    "iq2_xs": 2.3125,
+    "iq2_s": 2.5625,
+    "iq3_xxs": 3.0625,
+    "iq3_s": 3.4375,
+    "iq4_nl": 4.5,
+    "iq4_xs": 4.25,
+    "tq1_0": 1.6875,
+    "tq2_0": 2.0625,
     "mxfp4": 4.25,
     "mxfp6-e2m3": 6.25,
     "mxfp8": 8.25,
@@ -74,6 +88,7 @@ def _miss(grid: Grid, w: Tensor, value: Tensor) -> Tensor:
 
 def test_every_file_of_the_axis_is_found():
     assert {"dense", "integer", "kquant", "minifloat", "table", "lattice"} <= set(MEMBERS)
+    assert {"iquant", "nonlinear"} <= set(MEMBERS)
 
 
 @every
@@ -96,7 +111,7 @@ def test_a_text_that_names_nothing_is_no_grid(text: str):
 @every
 def test_round_is_fit_and_encode(grid: Grid):
     """``round`` may keep codes of its search (llama.cpp's, to the byte); those of ``encode`` are as near or
-    nearer, and not by much."""
+    nearer, and not by much. (Searches in codebooks look around a point, and weigh what is large.)"""
     w = _weight()
     for importance in (None, _importance()):
         whole = grid.round(w, importance)
@@ -105,7 +120,7 @@ def test_round_is_fit_and_encode(grid: Grid):
         assert all(torch.equal(whole.params[k], params[k]) for k in params)
         nearest, kept = _miss(grid, w, _value(grid, w, params)), _miss(grid, w, whole.dense())
         assert (nearest <= kept * (1 + 1e-6) + 1e-15).all()
-        assert kept.sum() <= nearest.sum() * 1.05
+        assert kept.sum() <= nearest.sum() * (1.05 if grid.span == (1, 1) else 2)
 
 
 @every
@@ -217,8 +232,9 @@ def test_degenerate_rows_stay_finite_and_near(grid: Grid, kind: str):
     value = q.dense()
     assert bool(value.isfinite().all())
     assert all(bool(p.to(torch.float32).isfinite().all()) for p in q.params.values())
-    assert float((value - w).norm()) <= 1.001 * float(w.norm())
-    if grid.span == (1, 1) and kind in ("constant", "positive", "negative"):
+    if not (kind == "one" and str(grid) in LOUD):
+        assert float((value - w).norm()) <= 1.001 * float(w.norm())
+    if grid.span == (1, 1) and str(grid) not in TERNARY and kind in ("constant", "positive", "negative"):
         assert float((value - w).norm()) <= 0.5 * float(w.norm())
 
 

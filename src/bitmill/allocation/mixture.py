@@ -65,9 +65,7 @@ _LINEAR = frozenset({"q", "k", "v", "o", "gate", "up", "down", "linear"})
 _STACKED = 3  # dimensions of a stack of experts
 _EIGHT, _MANY, _SHARING = 8, 4, 4  # experts, experts, queries that share a key
 _SEVENTY_BILLION_LAYERS = 80
-NEVER_BLIND = frozenset({"iq1_s", "iq2_xxs", "iq2_xs"})
-"""Types whose search has no rule for inputs that are unknown, as those of the embedding and the head are."""
-_BLIND_TYPES = NEVER_BLIND | {"iq1_m", "iq2_s", "iq3_xxs"}
+_BLIND_TYPES = frozenset({"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs"})
 
 
 @final

@@ -14,7 +14,7 @@ from bitmill.calibrate.tokens import Calibration
 from bitmill.checkpoint.gguf_arch import architecture_of_model
 from bitmill.checkpoint.imatrix import Entry, Imatrix
 from bitmill.core.axes import Checkpoint
-from bitmill.core.errors import BitmillError, Refused
+from bitmill.core.errors import Refused
 from bitmill.core.types import Moments, Note, Row
 
 MISSING = ("plain", "refuse")
@@ -94,15 +94,6 @@ def moments_from(
         )
     if missing == "refuse" and lacking:
         raise _refused("the importance matrix has no data for", lacking, "drop --imatrix-missing refuse")
-    kinds = {(str(row.grid), row.shape[-1]): row for row in lacking}
-    demands = {kind for kind, row in kinds.items() if _demands(row)}
-    demanding = [row for row in lacking if (str(row.grid), row.shape[-1]) in demands]
-    if demanding:
-        raise _refused(
-            f"{demanding[0].grid} needs importance, and there is no data for",
-            demanding,
-            "give such weights another type",
-        )
     notes = tuple(
         Note("no-importance", row.name, "no data in the importance matrix: every channel counts alike")
         for row in lacking
@@ -150,17 +141,6 @@ def _refuse_shape(row: Row, entry: Entry) -> None:
             where=row.name,
             fix="it was taken on another model: take one on this model",
         )
-
-
-def _demands(row: Row) -> bool:
-    """Whether the row's grid has no rule without importance: its search refuses to begin."""
-    if row.grid.refuses((1, row.shape[-1])) is not None:
-        return False
-    try:
-        row.grid.fit(Tensor([[1.0] * row.shape[-1]]))
-    except BitmillError:
-        return True
-    return False
 
 
 def _refused(what: str, rows: Sequence[Row], fix: str) -> Refused:

@@ -42,6 +42,7 @@ from bitmill.grids.integer import Integer
 from bitmill.grids.kquant import KQuant
 from bitmill.grids.lattice import Lattice
 from bitmill.grids.minifloat import Minifloat
+from bitmill.grids.nonlinear import Nonlinear
 from bitmill.grids.table import Table
 from bitmill.numerics.bits import pack, packed_words, unpack
 from bitmill.numerics.floats import ELEMENTS
@@ -71,6 +72,8 @@ _KQUANT_BITS = {
     "q4_k": 4,
     "q5_k": 5,
     "q6_k": 6,
+    "tq1_0": 2,
+    "tq2_0": 2,
 }
 
 
@@ -184,6 +187,10 @@ def _layout(grid: Grid, shape: tuple[int, int]) -> _Layout | None:
         return _Layout(shape, 4, _table_params(grid, shape))
     if isinstance(grid, KQuant):
         return _Layout(shape, _KQUANT_BITS.get(str(grid), 0), _kquant_params(str(grid), shape))
+    if isinstance(grid, Nonlinear):
+        blocks: dict[str, Planned] = {"d": ("F16", (out, columns // grid.block[1]))}
+        runs: dict[str, Planned] = {"scales": ("I8", (out, columns // 32))}
+        return _Layout(shape, 4, blocks | runs if str(grid) == "iq4_xs" else blocks)
     if isinstance(grid, Lattice):
         return _Layout((out, columns // 8), 16, {"scale": ("F32", (out, 1))})
     return None
@@ -206,7 +213,7 @@ def _kquant_params(kind: str, shape: tuple[int, int]) -> Mapping[str, Planned]:
         return {"d": ("F16", wide), "dmin": ("F16", wide), "scales": ("U8", narrow), "mins": ("U8", narrow)}
     if kind in ("q3_k", "q6_k"):
         return {"d": ("F16", (out, columns // 256)), "scales": ("I8", (out, columns // 16))}
-    blocks = (out, columns // 32)
+    blocks = (out, columns // (256 if kind.startswith("tq") else 32))
     return dict.fromkeys(("d", "m") if kind.endswith("_1") else ("d",), ("F16", blocks))
 
 

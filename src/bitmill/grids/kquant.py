@@ -1,4 +1,4 @@
-"""llama.cpp's legacy blocks and K-quants (Kawrakow, llama.cpp PR #1684): small blocks, scales of scales.
+"""llama.cpp's evenly spaced blocks: legacy types, K-quants (Kawrakow, llama.cpp PR #1684), ternary types.
 
 ``round`` is llama.cpp's own search, to the byte, with and without an importance vector ("imatrix");
 ``encode`` is nearest rounding against given parameters, what a solver with its own idea of codes needs.
@@ -6,29 +6,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
-from math import isfinite
-from typing import Any, final
+from typing import final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bitmill.core.axes import Affine, AffineGrid
-from bitmill.core.errors import Refused, Unsolvable
 from bitmill.core.types import Params, Quantized
 from bitmill.numerics import ggml_scales as scales_of
 from bitmill.numerics import ggml_search as search
 from bitmill.numerics.blocks import TYPES
+from bitmill.numerics.ggml_rows import HALF_MAX, blocks_of, check, half, in_threads, mean_squares, stored
 
-_NAMES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
-_HALF = {"q4_0": 8, "q5_0": 16, "q8_0": 0, "q3_k": 4, "q6_k": 32}
-_HALF_MAX = 65504.0
+_NAMES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "tq1_0", "tq2_0")
+_HALF = {"q4_0": 8, "q5_0": 16, "q8_0": 0, "q3_k": 4, "q6_k": 32, "tq1_0": 1, "tq2_0": 1}
 _LARGEST = (
-    _HALF_MAX * 128 * 32
+    HALF_MAX * 128 * 32
 )  # the widest block, q6_k's; squares of what is beyond would overflow the search
 _TOP = {
     "q4_0": 15,
@@ -40,8 +35,11 @@ _TOP = {
     "q4_k": 15,
     "q5_k": 31,
     "q6_k": 63,
+    "tq1_0": 2,
+    "tq2_0": 2,
 }
 _RUN = {"q2_k": 16, "q3_k": 16, "q4_k": 32, "q5_k": 32, "q6_k": 16}  # weights of a sub-block
+_TERNARY = ("tq1_0", "tq2_0")
 _RANGED_K = ("q2_k", "q4_k", "q5_k")  # scales and mins; the other two are symmetric
 
 
@@ -57,6 +55,7 @@ class KQuant(AffineGrid):
     * ``q4_1 q5_1``: ``d m`` (``out in/32``); value = d · code + m.
     * ``q2_k q4_k q5_k``: ``d dmin`` (``out in/256``), ``scales mins`` uint8 (``out in/16`` for ``q2_k``,
       else ``out in/32``); value = d · scale · code - dmin · min.
+    * ``tq1_0 tq2_0``: ``d`` (``out in/256``); value = d · (code - 1).
     * ``q3_k q6_k``: ``d`` (``out in/256``), ``scales`` int8 (``out in/16``); value =
       d · scale · (code - half), half = 4, 32.
 
@@ -127,10 +126,10 @@ class KQuant(AffineGrid):
             Refused: rows are not whole blocks.
             Unsolvable: a weight is not finite, or so large that a scale does not fit half precision.
         """
-        _check(self, w, importance)
+        check(self, w, importance, _LARGEST)
         out, columns = w.shape
-        x = _blocks(w, self.block[1])
-        told = None if importance is None else _blocks(importance, self.block[1])
+        x = blocks_of(w, self.block[1])
+        told = None if importance is None else blocks_of(importance, self.block[1])
         codes, params = _SEARCHES[self.type](self.type, x, told, out)
         shaped = {name: torch.from_numpy(p.reshape(out, -1)).to(w.device) for name, p in params.items()}
         on_grid = torch.from_numpy(codes.reshape(out, columns)).to(w.device)
@@ -145,7 +144,9 @@ class KQuant(AffineGrid):
             return params[name][:, columns // length]
 
         run = _RUN.get(self.type)
-        step = of("d", 32) if run is None else of("d", 256) * of("scales", run)
+        step = of("d", self.block[1])
+        if run is not None:
+            step = step * of("scales", run)
         base = step.new_zeros(1, 1)
         if run is not None and self.type in _RANGED_K:
             base = -(of("dmin", 256) * of("mins", run))
@@ -157,15 +158,15 @@ class KQuant(AffineGrid):
 
     def with_zero(self, params: Params, zero: Tensor) -> Params | None:
         """The minimum of ``q4_1`` and ``q5_1`` is free; those of K-quants are multiples of another's."""
-        return {**params, "m": _half(-params["d"] * zero)} if self.type in ("q4_1", "q5_1") else None
+        return {**params, "m": half(-params["d"] * zero)} if self.type in ("q4_1", "q5_1") else None
 
     def scaled(self, params: Params, factor: Tensor) -> Params:
-        return {name: _half(p * factor) if name in ("d", "m", "dmin") else p for name, p in params.items()}
+        return {name: half(p * factor) if name in ("d", "m", "dmin") else p for name, p in params.items()}
 
 
 def _affine(type: str, params: Params, at: int, columns: int) -> tuple[Tensor, Tensor | None]:
     """Step and offset of ``columns`` columns from ``at``: ``out columns``, or ``out 1`` inside one block."""
-    run = _RUN.get(type, 32)
+    run = _RUN.get(type, TYPES[type].length)
     first, last = at // run, (at + columns - 1) // run + 1
     step, base = params["d"], params.get("m", params.get("dmin"))
     if "scales" in params:
@@ -189,63 +190,6 @@ def _served(values: Tensor, length: int, at: int, columns: int) -> Tensor:
     return each[:, at - first * length :][:, :columns]
 
 
-def _check(grid: KQuant, w: Tensor, importance: Tensor | None) -> None:
-    where = f"a weight of shape {tuple(w.shape)} on its way to {grid}"
-    refusal = grid.refuses(tuple(w.shape))
-    if refusal is not None:
-        raise Refused(refusal, where=where)
-    if w.numel():
-        low, high = (float(value) for value in torch.aminmax(w))
-        if not (isfinite(low) and isfinite(high)):
-            raise Unsolvable("the weight holds values that are not finite", where=where)
-        if max(-low, high) > _LARGEST:
-            raise _too_large(max(-low, high), where)
-    if importance is None:
-        return
-    if importance.shape not in (w.shape, w.shape[1:]):
-        raise ValueError(f"importance of shape {tuple(importance.shape)} does not fit {where}")
-    if not (torch.isfinite(importance).all() and (importance >= 0).all()):
-        raise Unsolvable("the importance holds values that are negative or not finite", where=where)
-
-
-def _too_large(value: float, where: str | None = None) -> Unsolvable:
-    return Unsolvable(
-        f"{value:.3g} needs a scale or minimum beyond half precision (65504)",
-        where=where,
-        fix="keep this tensor in bf16 or f32",
-    )
-
-
-def _half(values: Tensor) -> Tensor:
-    return values.clamp(-_HALF_MAX, _HALF_MAX).to(torch.float16).to(torch.float32)
-
-
-def _stored(values: np.ndarray) -> np.ndarray:
-    """Float32 values as half precision holds them."""
-    with np.errstate(over="ignore"):
-        rounded = values.astype(np.float16).astype(np.float32)
-    if not np.isfinite(rounded).all():
-        raise _too_large(float(np.abs(values).max()))
-    return rounded
-
-
-def _blocks(values: Tensor, length: int) -> np.ndarray:
-    flat = values.detach().to("cpu", torch.float32).contiguous().numpy()
-    return flat.reshape(-1, length)
-
-
-def _spread(kernel: Callable[..., None], count: int, *arrays: Any) -> None:
-    """Run a compiled kernel over ``count`` items, on torch's number of threads if the work is worth it."""
-    workers = max(1, min(torch.get_num_threads(), count, arrays[0].size >> 16))
-    edges = [count * k // workers for k in range(workers + 1)]
-    if workers == 1:
-        kernel(0, count, *arrays)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        for done in [pool.submit(kernel, a, b, *arrays) for a, b in pairwise(edges)]:
-            done.result()
-
-
 _Weights = tuple[int, np.ndarray, np.ndarray, int]
 
 
@@ -253,7 +197,7 @@ def _symmetric(x: np.ndarray, weights: _Weights, half: int) -> tuple[np.ndarray,
     """Codes, scales and weight sums of the symmetric search over runs of ``x``."""
     codes = np.empty(x.shape, np.uint8)
     scale, share = np.empty(len(x), np.float32), np.empty(len(x), np.float32)
-    _spread(search.symmetric_runs, -(-len(x) // search.LANES), x, *weights, half, codes, scale, share)
+    in_threads(search.symmetric_runs, -(-len(x) // search.LANES), x, *weights, half, codes, scale, share)
     return codes, scale, share
 
 
@@ -265,14 +209,13 @@ def _ranged(
     scale, low, share = (np.empty(len(x), np.float32) for _ in range(3))
     rungs = (np.float32(ladder[0]), np.float32(ladder[1]), ladder[2])
     groups = -(-len(x) // search.LANES)
-    _spread(search.affine_runs, groups, x, *weights, top, *rungs, absolute, codes, scale, low, share)
+    in_threads(search.affine_runs, groups, x, *weights, top, *rungs, absolute, codes, scale, low, share)
     return codes, scale, low, share
 
 
 def _shaped(x: np.ndarray, importance: np.ndarray, run: int, factor: float) -> _Weights:
     """importance · sqrt(power + x²) for runs of ``run``, power being ``factor`` times a row's mean square."""
-    power = np.empty(len(x), np.float32)
-    _spread(search.mean_square, len(x), x, np.float32(factor), power)
+    power = mean_squares(x, factor)
     return search.SHAPED, importance.reshape(-1, run), power, x.shape[1] // run
 
 
@@ -288,7 +231,7 @@ def _search_legacy(type: str, x: np.ndarray, importance: np.ndarray | None, out:
     codes = np.empty(x.shape, np.int8 if type == "q8_0" else np.uint8)
     d, m = np.empty(len(x), np.float32), np.empty(len(x), np.float32)
     if type == "q8_0":
-        _spread(scales_of.plain_absmax, len(x), x, codes, d)
+        in_threads(scales_of.plain_absmax, len(x), x, codes, d)
     elif importance is not None:
         weights = _shaped(x.reshape(out, -1), importance, 32, 1)
         if type in _HALF:
@@ -296,10 +239,10 @@ def _search_legacy(type: str, x: np.ndarray, importance: np.ndarray | None, out:
         else:
             codes, d, m, _ = _ranged(x, weights, _TOP[type], _FINE)
     elif type in _HALF:
-        _spread(scales_of.plain_symmetric, len(x), x, _HALF[type], codes, d)
+        in_threads(scales_of.plain_symmetric, len(x), x, _HALF[type], codes, d)
     else:
-        _spread(scales_of.plain_affine, len(x), x, _TOP[type], codes, d, m)
-    return codes, {"d": _stored(d)} if type in _HALF else {"d": _stored(d), "m": _stored(m)}
+        in_threads(scales_of.plain_affine, len(x), x, _TOP[type], codes, d, m)
+    return codes, {"d": stored(d)} if type in _HALF else {"d": stored(d), "m": stored(m)}
 
 
 def _search_ranged_k(type: str, x: np.ndarray, importance: np.ndarray | None, out: int) -> _Found:
@@ -315,9 +258,9 @@ def _search_ranged_k(type: str, x: np.ndarray, importance: np.ndarray | None, ou
     scales, mins = np.empty((count, 256 // run), np.uint8), np.empty((count, 256 // run), np.uint8)
     parts = [values.reshape(count, -1) for values in (scale, low, share)]
     most = 15 if type == "q2_k" else 63
-    _spread(scales_of.scales_and_mins, count, *parts, most, told, d, dmin, scales, mins)
-    d, dmin, codes = _stored(d), _stored(dmin), codes.reshape(count, 256)
-    _spread(scales_of.settle_ranged, count, x, d, dmin, scales, mins, top, codes)
+    in_threads(scales_of.scales_and_mins, count, *parts, most, told, d, dmin, scales, mins)
+    d, dmin, codes = stored(d), stored(dmin), codes.reshape(count, 256)
+    in_threads(scales_of.settle_ranged, count, x, d, dmin, scales, mins, top, codes)
     return codes, {"d": d, "dmin": dmin, "scales": scales, "mins": mins}
 
 
@@ -330,11 +273,11 @@ def _search_q3_k(type: str, x: np.ndarray, importance: np.ndarray | None, out: i
         scales = (raised.astype(np.int16) - 32).astype(np.int8)
     else:
         codes, scale = np.empty(runs.shape, np.uint8), np.empty(len(runs), np.float32)
-        _spread(search.descent_runs, len(runs), runs, 4, codes, scale)
+        in_threads(search.descent_runs, len(runs), runs, 4, codes, scale)
         d, scales = np.empty(count, np.float32), np.empty((count, 16), np.int8)
-        _spread(scales_of.scales_q3_k, count, scale.reshape(count, 16), d, scales)
-    d, codes = _stored(d), codes.reshape(count, 256)
-    _spread(scales_of.settle_symmetric, count, x, d, scales, 4, codes)
+        in_threads(scales_of.scales_q3_k, count, scale.reshape(count, 16), d, scales)
+    d, codes = stored(d), codes.reshape(count, 256)
+    in_threads(scales_of.settle_symmetric, count, x, d, scales, 4, codes)
     return codes, {"d": d, "scales": scales}
 
 
@@ -347,14 +290,20 @@ def _search_q6_k(type: str, x: np.ndarray, importance: np.ndarray | None, out: i
     codes, scale, _ = _symmetric(runs, weights, 32)
     codes = codes.reshape(count, 256)
     d, scales = np.empty(count, np.float32), np.empty((count, 16), np.int8)
-    _spread(scales_of.scales_q6_k, count, scale.reshape(count, 16), codes, d, scales)
-    d = _stored(d)
-    _spread(scales_of.settle_symmetric, count, x, d, scales, 32, codes)
+    in_threads(scales_of.scales_q6_k, count, scale.reshape(count, 16), codes, d, scales)
+    d = stored(d)
+    in_threads(scales_of.settle_symmetric, count, x, d, scales, 32, codes)
     return codes, {"d": d, "scales": scales}
+
+
+def _search_ternary(type: str, x: np.ndarray, importance: np.ndarray | None, out: int) -> _Found:
+    codes, d = np.empty(x.shape, np.uint8), np.empty(len(x), np.float32)
+    in_threads(scales_of.plain_ternary, len(x), x, codes, d)
+    return codes, {"d": stored(d)}
 
 
 _FINE = (-0.9, 0.05, 36)
 _COARSE = {"q2_k": (-0.5, 0.1, 15), "q4_k": (-1.0, 0.1, 20), "q5_k": (-0.5, 0.1, 15)}
 """Ladders of inverse scales, as first, step and count: with importance, and without."""
 _SEARCHES = dict.fromkeys(_NAMES, _search_legacy) | dict.fromkeys(_RANGED_K, _search_ranged_k)
-_SEARCHES |= {"q3_k": _search_q3_k, "q6_k": _search_q6_k}
+_SEARCHES |= {"q3_k": _search_q3_k, "q6_k": _search_q6_k} | dict.fromkeys(_TERNARY, _search_ternary)

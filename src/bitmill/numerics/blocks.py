@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bitmill.core.errors import BadFile
+from bitmill.numerics import iquant_layout as iq
+from bitmill.numerics.iquant_layout import half, nibbles, unhalf, unnibbles
 
 Bytes = NDArray[np.uint8]
 
@@ -47,6 +49,17 @@ TYPES: Mapping[str, BlockType] = MappingProxyType(
         "q4_k": BlockType(12, 256, 144),
         "q5_k": BlockType(13, 256, 176),
         "q6_k": BlockType(14, 256, 210),
+        "iq2_xxs": BlockType(16, 256, 66),
+        "iq2_xs": BlockType(17, 256, 74),
+        "iq3_xxs": BlockType(18, 256, 98),
+        "iq1_s": BlockType(19, 256, 50),
+        "iq4_nl": BlockType(20, 32, 18),
+        "iq3_s": BlockType(21, 256, 110),
+        "iq2_s": BlockType(22, 256, 82),
+        "iq4_xs": BlockType(23, 256, 136),
+        "iq1_m": BlockType(29, 256, 56),
+        "tq1_0": BlockType(34, 256, 54),
+        "tq2_0": BlockType(35, 256, 66),
     }
 )
 """Types whose bytes this module lays out, by their lower-case name."""
@@ -65,11 +78,15 @@ def pack(type: str, codes: Tensor, params: Mapping[str, Tensor]) -> Bytes:
     """
     if type in _DENSE:
         return _pack_dense(codes)
-    out, columns = codes.shape
     kind = TYPES[type]
-    q = codes.cpu().contiguous().numpy().reshape(out, columns // kind.length, kind.length)
-    fields = _PACK[type](q, {name: value.cpu().contiguous().numpy() for name, value in params.items()})
-    packed = np.empty((out, columns // kind.length, kind.bytes_), dtype=np.uint8)
+    out, count = codes.shape[0], codes.shape[1] // _codes_of_a_block(type)
+    q = codes.cpu().contiguous().numpy().reshape(out, count, -1)
+    p = {name: value.cpu().contiguous().numpy() for name, value in params.items()}
+    p = {
+        name: value.reshape(out, count) if name in ("d", "m", "dmin") else value for name, value in p.items()
+    }
+    fields = _PACK[type](q, p)
+    packed = np.empty((out, count, kind.bytes_), dtype=np.uint8)
     start = 0
     for field in fields:
         packed[:, :, start : start + field.shape[2]] = field
@@ -97,28 +114,14 @@ def unpack(type: str, raw: Bytes) -> tuple[Tensor, dict[str, Tensor]]:
     )
 
 
+def _codes_of_a_block(type: str) -> int:
+    """A code is a weight, or eight of them where they are a point of a codebook."""
+    return TYPES[type].length // (8 if type.startswith(("iq1", "iq2", "iq3")) else 1)
+
+
 def _pack_dense(codes: Tensor) -> Bytes:
     rows = codes.detach().cpu().contiguous().reshape(-1, codes.shape[-1] if codes.dim() else 1)
     return rows.view(torch.uint8).numpy()
-
-
-def _half(values: np.ndarray) -> np.ndarray:
-    """Bytes of float16 values, one a block: ``out blocks`` to ``out blocks 2``."""
-    return np.ascontiguousarray(values, dtype="<f2")[..., None].view(np.uint8)
-
-
-def _unhalf(raw: np.ndarray) -> np.ndarray:
-    """The inverse of :func:`_half`, as float32."""
-    return np.ascontiguousarray(raw).view("<f2")[..., 0].astype(np.float32)
-
-
-def _nibbles(q: np.ndarray) -> np.ndarray:
-    """Blocks of 32: byte ``j`` holds element ``j`` low and element ``j + 16`` high."""
-    return (q[..., :16] & 15) | (q[..., 16:] & 15) << 4
-
-
-def _unnibbles(raw: np.ndarray) -> np.ndarray:
-    return np.concatenate([raw & 15, raw >> 4], axis=-1)
 
 
 def _fifth(q: np.ndarray) -> np.ndarray:
@@ -131,44 +134,44 @@ def _unfifth(raw: np.ndarray) -> np.ndarray:
 
 
 def _pack_q4_0(q: np.ndarray, p: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-    return _half(p["d"]), _nibbles(q)
+    return half(p["d"]), nibbles(q)
 
 
 def _unpack_q4_0(raw: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    return _unnibbles(raw[..., 2:]), {"d": _unhalf(raw[..., :2])}
+    return unnibbles(raw[..., 2:]), {"d": unhalf(raw[..., :2])}
 
 
 def _pack_q4_1(q: np.ndarray, p: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-    return _half(p["d"]), _half(p["m"]), _nibbles(q)
+    return half(p["d"]), half(p["m"]), nibbles(q)
 
 
 def _unpack_q4_1(raw: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    return _unnibbles(raw[..., 4:]), {"d": _unhalf(raw[..., :2]), "m": _unhalf(raw[..., 2:4])}
+    return unnibbles(raw[..., 4:]), {"d": unhalf(raw[..., :2]), "m": unhalf(raw[..., 2:4])}
 
 
 def _pack_q5_0(q: np.ndarray, p: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-    return _half(p["d"]), _fifth(q), _nibbles(q)
+    return half(p["d"]), _fifth(q), nibbles(q)
 
 
 def _unpack_q5_0(raw: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    return _unnibbles(raw[..., 6:]) | _unfifth(raw[..., 2:6]), {"d": _unhalf(raw[..., :2])}
+    return unnibbles(raw[..., 6:]) | _unfifth(raw[..., 2:6]), {"d": unhalf(raw[..., :2])}
 
 
 def _pack_q5_1(q: np.ndarray, p: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-    return _half(p["d"]), _half(p["m"]), _fifth(q), _nibbles(q)
+    return half(p["d"]), half(p["m"]), _fifth(q), nibbles(q)
 
 
 def _unpack_q5_1(raw: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    codes = _unnibbles(raw[..., 8:]) | _unfifth(raw[..., 4:8])
-    return codes, {"d": _unhalf(raw[..., :2]), "m": _unhalf(raw[..., 2:4])}
+    codes = unnibbles(raw[..., 8:]) | _unfifth(raw[..., 4:8])
+    return codes, {"d": unhalf(raw[..., :2]), "m": unhalf(raw[..., 2:4])}
 
 
 def _pack_q8_0(q: np.ndarray, p: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-    return _half(p["d"]), q.view(np.uint8)
+    return half(p["d"]), q.view(np.uint8)
 
 
 def _unpack_q8_0(raw: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    return raw[..., 2:].view(np.int8), {"d": _unhalf(raw[..., :2])}
+    return raw[..., 2:].view(np.int8), {"d": unhalf(raw[..., :2])}
 
 
 def _pairs_of_bits(q: np.ndarray) -> np.ndarray:
@@ -195,12 +198,12 @@ def _unplane(raw: np.ndarray) -> np.ndarray:
 
 def _pack_q2_k(q: np.ndarray, p: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
     both = (p["scales"] | p["mins"] << 4).reshape(*q.shape[:2], 16)
-    return both, _pairs_of_bits(q), _half(p["d"]), _half(p["dmin"])
+    return both, _pairs_of_bits(q), half(p["d"]), half(p["dmin"])
 
 
 def _unpack_q2_k(raw: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     both = raw[..., :16]
-    params = {"d": _unhalf(raw[..., 80:82]), "dmin": _unhalf(raw[..., 82:])}
+    params = {"d": unhalf(raw[..., 80:82]), "dmin": unhalf(raw[..., 82:])}
     return _unpairs_of_bits(raw[..., 16:80]), params | {"scales": both & 15, "mins": both >> 4}
 
 
@@ -210,7 +213,7 @@ def _pack_q3_k(q: np.ndarray, p: Mapping[str, np.ndarray]) -> tuple[np.ndarray, 
     low = (s[..., :8] & 15) | (s[..., 8:] & 15) << 4
     top = (s >> 4).reshape(*q.shape[:2], 4, 4)
     high = top[..., 0, :] | top[..., 1, :] << 2 | top[..., 2, :] << 4 | top[..., 3, :] << 6
-    return _plane(q >> 2), _pairs_of_bits(q), low, high, _half(p["d"])
+    return _plane(q >> 2), _pairs_of_bits(q), low, high, half(p["d"])
 
 
 def _unpack_q3_k(raw: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -218,7 +221,7 @@ def _unpack_q3_k(raw: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     top = np.concatenate([(high >> shift) & 3 for shift in (0, 2, 4, 6)], axis=-1)
     scales = (np.concatenate([low & 15, low >> 4], axis=-1) | top << 4).astype(np.int16) - 32
     codes = _unpairs_of_bits(raw[..., 32:96]) | _unplane(raw[..., :32]) << 2
-    return codes, {"d": _unhalf(raw[..., 108:]), "scales": scales.astype(np.int8)}
+    return codes, {"d": unhalf(raw[..., 108:]), "scales": scales.astype(np.int8)}
 
 
 def _scales_and_mins(p: Mapping[str, np.ndarray], shape: tuple[int, int]) -> tuple[np.ndarray, ...]:
@@ -235,7 +238,7 @@ def _head_of_k(raw: np.ndarray) -> dict[str, np.ndarray]:
     low_s, low_m, rest = raw[..., 4:8], raw[..., 8:12], raw[..., 12:16]
     scales = np.concatenate([low_s & 63, (rest & 15) | (low_s >> 6) << 4], axis=-1)
     mins = np.concatenate([low_m & 63, (rest >> 4) | (low_m >> 6) << 4], axis=-1)
-    return {"d": _unhalf(raw[..., :2]), "dmin": _unhalf(raw[..., 2:4]), "scales": scales, "mins": mins}
+    return {"d": unhalf(raw[..., :2]), "dmin": unhalf(raw[..., 2:4]), "scales": scales, "mins": mins}
 
 
 def _nibbles_of_64(q: np.ndarray) -> np.ndarray:
@@ -250,7 +253,7 @@ def _unnibbles_of_64(raw: np.ndarray) -> np.ndarray:
 
 
 def _pack_q4_k(q: np.ndarray, p: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-    return _half(p["d"]), _half(p["dmin"]), *_scales_and_mins(p, q.shape[:2]), _nibbles_of_64(q)
+    return half(p["d"]), half(p["dmin"]), *_scales_and_mins(p, q.shape[:2]), _nibbles_of_64(q)
 
 
 def _unpack_q4_k(raw: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -258,7 +261,7 @@ def _unpack_q4_k(raw: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 
 def _pack_q5_k(q: np.ndarray, p: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-    head = (_half(p["d"]), _half(p["dmin"]), *_scales_and_mins(p, q.shape[:2]))
+    head = (half(p["d"]), half(p["dmin"]), *_scales_and_mins(p, q.shape[:2]))
     return *head, _plane(q >> 4), _nibbles_of_64(q)
 
 
@@ -273,7 +276,7 @@ def _pack_q6_k(q: np.ndarray, p: Mapping[str, np.ndarray]) -> tuple[np.ndarray, 
     ql = np.concatenate([low[..., 0, :] | low[..., 2, :] << 4, low[..., 1, :] | low[..., 3, :] << 4], axis=-1)
     qh = high[..., 0, :] | high[..., 1, :] << 2 | high[..., 2, :] << 4 | high[..., 3, :] << 6
     scales = p["scales"].view(np.uint8).reshape(*q.shape[:2], 16)
-    return ql.reshape(*q.shape[:2], 128), qh.reshape(*q.shape[:2], 64), scales, _half(p["d"])
+    return ql.reshape(*q.shape[:2], 128), qh.reshape(*q.shape[:2], 64), scales, half(p["d"])
 
 
 def _unpack_q6_k(raw: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -281,7 +284,15 @@ def _unpack_q6_k(raw: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     qh = raw[..., 128:192].reshape(*raw.shape[:2], 2, 32)
     low = np.concatenate([ql & 15, ql >> 4], axis=3)
     high = np.stack([(qh >> shift) & 3 for shift in (0, 2, 4, 6)], axis=3)
-    return low | high << 4, {"scales": raw[..., 192:208].view(np.int8), "d": _unhalf(raw[..., 208:])}
+    return low | high << 4, {"scales": raw[..., 192:208].view(np.int8), "d": unhalf(raw[..., 208:])}
+
+
+def _pack_tq2_0(q: np.ndarray, p: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+    return _pairs_of_bits(q), half(p["d"])
+
+
+def _unpack_tq2_0(raw: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    return _unpairs_of_bits(raw[..., :64]), {"d": unhalf(raw[..., 64:])}
 
 
 _PACK = MappingProxyType(
@@ -296,6 +307,17 @@ _PACK = MappingProxyType(
         "q4_k": _pack_q4_k,
         "q5_k": _pack_q5_k,
         "q6_k": _pack_q6_k,
+        "iq1_s": iq.pack_iq1_s,
+        "iq1_m": iq.pack_iq1_m,
+        "iq2_xxs": iq.pack_iq2_xxs,
+        "iq2_xs": iq.pack_iq2_xs,
+        "iq2_s": iq.pack_iq2_s,
+        "iq3_xxs": iq.pack_iq3_xxs,
+        "iq3_s": iq.pack_iq3_s,
+        "iq4_nl": iq.pack_iq4_nl,
+        "iq4_xs": iq.pack_iq4_xs,
+        "tq1_0": iq.pack_tq1_0,
+        "tq2_0": _pack_tq2_0,
     }
 )
 _UNPACK = MappingProxyType(
@@ -310,5 +332,16 @@ _UNPACK = MappingProxyType(
         "q4_k": _unpack_q4_k,
         "q5_k": _unpack_q5_k,
         "q6_k": _unpack_q6_k,
+        "iq1_s": iq.unpack_iq1_s,
+        "iq1_m": iq.unpack_iq1_m,
+        "iq2_xxs": iq.unpack_iq2_xxs,
+        "iq2_xs": iq.unpack_iq2_xs,
+        "iq2_s": iq.unpack_iq2_s,
+        "iq3_xxs": iq.unpack_iq3_xxs,
+        "iq3_s": iq.unpack_iq3_s,
+        "iq4_nl": iq.unpack_iq4_nl,
+        "iq4_xs": iq.unpack_iq4_xs,
+        "tq1_0": iq.unpack_tq1_0,
+        "tq2_0": _unpack_tq2_0,
     }
 )

@@ -90,6 +90,21 @@ def plain_absmax(start: int, stop: int, x: _Floats, codes: _Codes, d: _Floats) -
 
 
 @_compiled
+def plain_ternary(start: int, stop: int, x: _Floats, codes: _Codes, d: _Floats) -> None:
+    """TQ1_0, TQ2_0: the largest magnitude is 1; halves away from zero."""
+    for b in range(start, stop):
+        most = _ZERO
+        for i in range(x.shape[1]):
+            most = max(most, abs(x[b, i]))
+        d[b] = most
+        inverse = _ONE / most if most != 0 else _ZERO
+        for i in range(x.shape[1]):
+            value = x[b, i] * inverse
+            value = value if abs(value) < _f(2) else _ZERO  # a subnormal scale has no finite inverse
+            codes[b, i] = 2 if value >= _f(0.5) else (0 if value <= _f(-0.5) else 1)
+
+
+@_compiled
 def _truncated(value: np.float32, top: np.int32) -> np.int32:
     """Towards zero, capped; 0 where a subnormal scale has no finite inverse."""
     return min(top, _i(value)) if abs(value) < _f(256) else _i(0)

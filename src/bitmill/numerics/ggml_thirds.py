@@ -1,0 +1,309 @@
+"""Searches of llama.cpp's one-bit I-quants (Kawrakow, llama.cpp PRs #5453, #6302): three values, shifted.
+
+A weight is -1, 0 or 1 plus a shift of an eighth, up or down, times a scale. For sorted weights the best
+three values are two cuts, so all cuts are tried; then groups of eight go to the codebook. IQ1_S shifts 32
+weights alike and its bytes are llama.cpp's (conditions: :mod:`bitmill.numerics.ggml_search`). IQ1_M shifts
+each 8, with 16 to a scale; llama.cpp sums its cuts in an order that changed between versions, here they are
+differences of sums over the sorted weights, so that its error is met and not its bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+_compiled = njit(cache=True, nogil=True, error_model="numpy")
+
+SHIFT = 0.125
+LANES = 64
+"""Runs side by side; the unit of ``start … stop`` in :func:`cut_runs`."""
+
+_Floats = NDArray[np.float32]
+_Ints = NDArray[Any]
+_f, _i = np.float32, np.int32
+_ZERO, _ONE, _SHIFT = _f(0), _f(1), _f(SHIFT)
+
+
+@_compiled
+def cut_runs(
+    start: int,
+    stop: int,
+    x: _Floats,
+    told: bool,
+    importance: _Floats,
+    power: _Floats,
+    per: int,
+    quiet: np.float32,
+    place: _Ints,
+    first: _Ints,
+    near: _Ints,
+    cells: _Ints,
+    points: _Ints,
+    index: _Ints,
+    shift: _Ints,
+    scale: _Floats,
+) -> None:
+    """Points, shifts and a scale for each run, all of its groups shifted alike or (in runs of 16) each.
+
+    Args:
+        start, stop: groups of ``LANES`` runs of ``x`` (``runs n``); run ``r`` uses ``power[r // per]`` and
+            row ``r`` of ``importance`` (its rows repeat), or x² as weights if not ``told``.
+        quiet: runs whose largest magnitude is below it are all zero.
+        place, first, near, cells, points: of the :class:`~bitmill.numerics.ggml_codebooks.Codebook`.
+        index: ``runs n/8``. ``shift``: ``runs n/8``, 1 where the shift is down. ``scale``: ``runs``.
+    """
+    n = x.shape[1]
+    apart = n == 16
+    weight, order = np.empty((LANES, n), np.float32), np.empty((LANES, n), np.int64)
+    silent, found = np.empty(LANES, np.bool_), np.empty(LANES, np.float32)
+    low, high, way = np.empty(LANES, np.int32), np.empty(LANES, np.int32), np.empty(LANES, np.int32)
+    digit, down = np.empty(n, np.int32), np.empty(n // 8, np.int32)
+    sum_x, sum_w = np.empty((n + 1, LANES), np.float32), np.empty((n + 1, LANES), np.float32)
+    for group in range(start, stop):
+        r0 = group * LANES
+        count = min(LANES, x.shape[0] - r0)
+        for j in range(LANES):
+            r, most = r0 + min(j, count - 1), _ZERO
+            base, given = power[r // per], r % importance.shape[0]
+            for i in range(n):
+                value = x[r, i]
+                weight[j, i] = importance[given, i] * np.sqrt(base + value * value) if told else value * value
+                most = max(most, abs(value))
+            silent[j] = most < quiet
+            _sort(x[r], order[j])
+            sum_x[0, j], sum_w[0, j] = _ZERO, _ZERO
+            for k in range(n):
+                i = order[j, k]
+                sum_x[k + 1, j] = sum_x[k, j] + weight[j, i] * x[r, i]
+                sum_w[k + 1, j] = sum_w[k, j] + weight[j, i]
+        if not apart:
+            _cut_alike(n, sum_x, sum_w, found, low, high, way)
+        for j in range(count):
+            r = r0 + j
+            index[r, :], shift[r, :], scale[r] = 0, 0, _ZERO
+            if apart:
+                found[j], low[j], high[j], way[j] = _cut_apart(x[r], weight[j], order[j])
+            if silent[j] or way[j] < 0:
+                continue
+            for k in range(n):
+                digit[order[j, k]] = 0 if k < low[j] else (1 if k < high[j] else 2)
+            for g in range(n // 8):
+                down[g] = (way[j] >> (n // 8 - 1 - g)) & 1 if apart else way[j]
+            if found[j] < 0:
+                for i in range(n):
+                    digit[i] = 2 - digit[i]
+                for g in range(n // 8):
+                    down[g] = 1 - down[g]
+            scale[r] = _to_codebook(
+                x[r], weight[j], abs(found[j]), digit, down, place, first, near, cells, points, index[r]
+            )
+            shift[r, :] = down
+
+
+@_compiled
+def _sort(x: _Floats, order: _Ints) -> None:
+    """Insertion sort: stable, as the C library's is on arrays this short."""
+    for k in range(x.size):
+        at = k
+        while at > 0 and x[order[at - 1]] > x[k]:
+            order[at] = order[at - 1]
+            at -= 1
+        order[at] = k
+
+
+@_compiled
+def _cut_alike(
+    n: int, sum_x: _Floats, sum_w: _Floats, scale: _Floats, low: _Ints, high: _Ints, way: _Ints
+) -> None:
+    """Best scale and cuts by lane when all are shifted alike; ``way`` is 1 if down, -1 where nothing counts.
+
+    Sums are ``n + 1`` rows over the sorted weights.
+    """
+    best, cut = np.full(LANES, -np.inf, np.float32), np.full(LANES, -1, np.int32)
+    dot, norm = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    head_x, head_w = np.empty((2, LANES), np.float32), np.empty((2, LANES), np.float32)
+    for a in range(n + 1):
+        for down in range(2):
+            least = _values(down)[0]
+            for j in range(LANES):
+                head_x[down, j] = (sum_x[a, j] - sum_x[0, j]) * least
+                head_w[down, j] = (sum_w[a, j] - sum_w[0, j]) * least * least
+        for b in range(a, n + 1):
+            for down in range(2):
+                _, middle, most = _values(down)
+                _weighted(head_x[down], sum_x[a], sum_x[b], sum_x[n], middle, _ONE, most, _ONE, dot)
+                _weighted(head_w[down], sum_w[a], sum_w[b], sum_w[n], middle, middle, most, most, norm)
+                _keep_better(dot, norm, _i((a * (n + 1) + b) * 2 + down), best, scale, cut)
+    for j in range(LANES):
+        low[j], high[j], way[j] = (
+            cut[j] // 2 // (n + 1),
+            cut[j] // 2 % (n + 1),
+            cut[j] % 2 if cut[j] >= 0 else -1,
+        )
+
+
+@_compiled
+def _weighted(
+    head: _Floats,
+    low: _Floats,
+    high: _Floats,
+    end: _Floats,
+    middle: np.float32,
+    middle_again: np.float32,
+    most: np.float32,
+    most_again: np.float32,
+    out: _Floats,
+) -> None:
+    """Sums of the three parts, by lane; ``low … high … end`` are sums up to both cuts and of all."""
+    for j in range(LANES):
+        part = head[j] + (high[j] - low[j]) * middle * middle_again
+        out[j] = part + (end[j] - high[j]) * most * most_again
+
+
+@_compiled
+def _keep_better(
+    dot: _Floats, norm: _Floats, this: np.int32, best: _Floats, scale: _Floats, cut: _Ints
+) -> None:
+    for j in range(LANES):
+        better = norm[j] > 0 and dot[j] * dot[j] > best[j] * norm[j]
+        fit = dot[j] / norm[j]
+        scale[j] = fit if better else scale[j]
+        best[j] = fit * dot[j] if better else best[j]
+        cut[j] = this if better else cut[j]
+
+
+@_compiled
+def _values(down: int) -> tuple[np.float32, np.float32, np.float32]:
+    shift = -_SHIFT if down else _SHIFT
+    return -_ONE + shift, shift, _ONE + shift
+
+
+@_compiled
+def _cut_apart(x: _Floats, weight: _Floats, order: _Ints) -> tuple[np.float32, int, int, int]:
+    """Best scale and cuts of sixteen weights whose halves are shifted each its own way; bit 1 of the last
+    answer says whether the first half goes down, bit 0 the second."""
+    n = x.size
+    sum_x, sum_w = np.zeros((2, n + 1), np.float32), np.zeros((2, n + 1), np.float32)
+    for k in range(n):
+        i = order[k]
+        for half in range(2):
+            mine = (i >= 8) == (half == 1)
+            sum_x[half, k + 1] = sum_x[half, k] + (weight[i] * x[i] if mine else _ZERO)
+            sum_w[half, k + 1] = sum_w[half, k] + (weight[i] if mine else _ZERO)
+    best, scale, low, high, way = _f(-np.inf), _ZERO, -1, -1, -1
+    dot, norm = np.empty((2, 2), np.float32), np.empty((2, 2), np.float32)
+    for a in range(n + 1):
+        for b in range(a, n + 1):
+            for half in range(2):
+                for down in range(2):
+                    v0, v1, v2 = _values(down)
+                    dot[half, down] = (
+                        sum_x[half, a] * v0
+                        + (sum_x[half, b] - sum_x[half, a]) * v1
+                        + (sum_x[half, n] - sum_x[half, b]) * v2
+                    )
+                    norm[half, down] = (
+                        sum_w[half, a] * v0 * v0
+                        + (sum_w[half, b] - sum_w[half, a]) * v1 * v1
+                        + (sum_w[half, n] - sum_w[half, b]) * v2 * v2
+                    )
+            for k in range(4):
+                d = dot[0, k >> 1] + dot[1, k & 1]
+                q = norm[0, k >> 1] + norm[1, k & 1]
+                if q > 0 and d * d > best * q:
+                    scale = d / q
+                    best, low, high, way = scale * d, a, b, k
+    return scale, low, high, way
+
+
+@_compiled
+def _to_codebook(
+    x: _Floats,
+    weight: _Floats,
+    scale: np.float32,
+    digit: _Ints,
+    down: _Ints,
+    place: _Ints,
+    first: _Ints,
+    near: _Ints,
+    cells: _Ints,
+    points: _Ints,
+    index: _Ints,
+) -> np.float32:
+    """Each group's point, the best one around where its digits are not in the codebook; then the scale."""
+    one, two, table = np.empty(9, np.float32), np.empty(9, np.float32), np.empty(42, np.float32)
+    off = False
+    for g in range(x.size // 8):
+        key, power = 0, 1
+        for i in range(8):
+            key += digit[8 * g + i] * power
+            power *= 3
+        index[g] = place[key]
+        if place[key] >= 0:
+            continue
+        off = True
+        values = _values(down[g])
+        for i in range(8):
+            for q in range(3):
+                miss = scale * values[q] - x[8 * g + i]
+                if i < 3:
+                    one[3 * i + q] = weight[8 * g + i] * miss * miss
+                else:
+                    table[27 + 3 * (i - 3) + q] = weight[8 * g + i] * miss * miss
+        for k in range(9):
+            two[k] = one[k // 3] + one[3 + k % 3]
+        for k in range(27):
+            table[k] = two[k // 3] + one[6 + k % 3]
+        start, stop = first[key], first[key + 1]
+        best, least = start, _f(np.inf)
+        for c in range(start, stop):
+            error = table[cells[c, 0]] + table[cells[c, 1]] + table[cells[c, 2]]
+            error = error + table[cells[c, 3]] + table[cells[c, 4]] + table[cells[c, 5]]
+            best = c if error < least else best
+            least = error if error < least else least
+        index[g] = near[best]
+    if not off:
+        return scale
+    dot, norm = _ZERO, _ZERO
+    for g in range(x.size // 8):
+        reached = _values(down[g])
+        for i in range(8):
+            w, level = weight[8 * g + i], reached[points[index[g], i]]
+            dot += w * level * x[8 * g + i]
+            norm += w * level * level
+    return dot / norm if dot > 0 and norm > 0 else scale
+
+
+@_compiled
+def refit_super_scale(
+    start: int,
+    stop: int,
+    x: _Floats,
+    told: bool,
+    importance: _Floats,
+    power: _Floats,
+    points: _Ints,
+    index: _Ints,
+    shift: _Ints,
+    scales: _Ints,
+    fudge: np.float32,
+    d: _Floats,
+) -> None:
+    """IQ1_M's ``d`` by least squares over super-blocks ``start … stop``; 0 stays 0. Rows of ``importance``
+    (``256``) repeat."""
+    for b in range(start, stop):
+        if d[b] == 0:
+            continue
+        dot, norm, given = _ZERO, _ZERO, b % importance.shape[0]
+        for i in range(256):
+            g, value = i // 8, x[b, i]
+            w = importance[given, i] * np.sqrt(power[b] + value * value) if told else value * value
+            values = _values(shift[b, g])
+            q = values[points[index[b, g], i % 8]] * _f(2 * scales[b, i // 16] + 1)
+            dot += w * q * value
+            norm += w * q * q
+        if norm > 0:
+            d[b] = dot / norm * fudge
