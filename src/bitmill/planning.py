@@ -21,6 +21,7 @@ from typing import Any
 
 from bitmill.allocation.mixture import Mixture, demands_importance
 from bitmill.allocation.uniform import Uniform
+from bitmill.checkpoint.stored_types import requantized
 from bitmill.core import registry
 from bitmill.core.axes import Allocation, Checkpoint, Choice, Container, Grid, Weight, total_bytes
 from bitmill.core.errors import Refused
@@ -210,7 +211,7 @@ def plan(
     needs = max((solver.needs, *(t.needs for t in transforms)), key=["nothing", "diagonal", "gram"].index)
     if calibrated and needs == "nothing":
         needs = "diagonal"
-    dtype = recipe.dtype or source_dtype(checkpoint)
+    dtype = recipe.dtype or (recipe.grid if recipe.grid in BYTES else source_dtype(checkpoint))
     remarks = _transform_remarks(recipe, family, checkpoint)
     facts = dict(checkpoint.tensors)
     if _needs_own_head(recipe, family, facts):
@@ -225,6 +226,8 @@ def plan(
             needs = "diagonal"
             remarks += (f"{blind.grid} needs to know a weight's inputs: the run calibrates first",)
     remarks += _unheard(recipe, rows, container, checkpoint)
+    again = requantized(checkpoint) if any(str(row.grid) not in BYTES for row in rows) else None
+    remarks += (again,) if again is not None else ()
     _refuse_rows(recipe, rows, container, solver, strict)
     provenance = {"recipe": str(recipe), "source": checkpoint.digest, "version": version("bitmill")}
     files = container.files(rows, checkpoint, provenance)

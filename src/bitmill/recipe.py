@@ -67,6 +67,9 @@ KNOWN: Mapping[str, str] = {
     "nvfp4": "gptq : nvfp4, dtype=bf16 > compressed-tensors",
     "nvfp4a16": "gptq : nvfp4, dtype=bf16 > compressed-tensors",
     "e8p": "hadamard + gptq : e8p > bitmill",
+    "hf-f32": "nearest : f32 > safetensors",
+    "hf-f16": "nearest : f16 > safetensors",
+    "hf-bf16": "nearest : bf16 > safetensors",
 }
 """Names people already use, in lower case with ``-``, and the recipe each stands for."""
 

@@ -129,6 +129,10 @@ class GgufCheckpoint(Checkpoint):
             return quantized.rows(restored(record.shape[0], self._config["head_dim"]))
         return quantized
 
+    def type_of(self, name: str) -> str:
+        """The type that stores a tensor, in lower case: ``q4_k``."""
+        return self._record(name).type.name.lower()
+
     def _record(self, name: str) -> GgufTensor:
         if name not in self._records:
             raise BadFile(f"there is no tensor called {name!r}", where=str(self.path))

@@ -86,6 +86,10 @@ class PackedFolder(Checkpoint):
         plain = {k: v for k, v in config.items() if k != "quantization_config"}
         self._config = MappingProxyType(settled_config(plain, facts))
 
+    def is_packed(self, name: str) -> bool:
+        """Whether this weight is one of the quantized ones."""
+        return name in self._packed
+
     @property
     def config(self) -> Mapping[str, Any]:
         return self._config
