@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import struct
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +28,7 @@ from bitmill.core.errors import BadFile, Refused
 from bitmill.core.registry import parse_grid
 from bitmill.core.types import Quantized, Row
 from bitmill.families.base import describe
+from tests import written
 from tests.tiny import CONFIGS, make_model, tokens
 
 LLAMA3 = {
@@ -323,3 +325,23 @@ class _Changed(Checkpoint):
     @property
     def digest(self) -> str:
         return ""
+
+
+def test_the_scale_beside_nvfp4(tmp_path: Path) -> None:
+    """Written where llama.cpp applies it, read back; refused elsewhere; what it says is checked."""
+    grid = parse_grid("nvfp4")
+    assert "no scale for an embedding" in str(Gguf().refuses(grid, "embed", (384, 64)))
+    source = SafetensorsFolder(make_model(tmp_path / "qwen", "qwen2"))
+    rows = written.rows_of(Gguf(), source, "f32", grid)
+    with pytest.raises(Refused, match="does not apply the scale"):
+        Gguf().files(rows, source, {})
+    source = SafetensorsFolder(make_model(tmp_path / "llama", "llama"))
+    out = written.write(Gguf(), source, written.rows_of(Gguf(), source, "f32", grid), tmp_path)
+    file, good = GgufFile(out.path), out.path.read_bytes()
+    place = file.tensors["blk.0.ffn_up.scale"].offset
+    gain = out.quantized["model.layers.0.mlp.up_proj.weight"].params["gain"]
+    assert good[place : place + 4] == (1 / gain).numpy().tobytes()
+    for bad in (0.0, -1.0, float("nan"), float("inf"), 1e-45):
+        out.path.write_bytes(good[:place] + struct.pack("<f", bad) + good[place + 4 :])
+        with pytest.raises(BadFile, match="one positive number"):
+            GgufCheckpoint(out.path).read("model.layers.0.mlp.up_proj.weight")

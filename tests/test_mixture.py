@@ -193,7 +193,7 @@ def test_stacks_of_experts_go_by_the_number_of_their_block():
     assert more("IQ3_XS", "gate", "iq3_xxs") == more("IQ3_XS", "up", "iq3_xxs") == MIDDLE
     assert _blocks("IQ3_M", "down", "q4_k") == EIGHTH
     for role in ("gate", "up", "down"):
-        assert more("MXFP4_MOE", role, "mxfp4") == set(range(32))
+        assert more("MXFP4_MOE", role, "mxfp4-floor") == set(range(32))
         assert _grid("MXFP4_MOE", _weight(role, 3)) == "q8_0"
 
 

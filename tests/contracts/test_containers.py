@@ -38,6 +38,8 @@ CASES = [
     for dtype in DTYPES
     for grid in held(container, dtype)
 ]
+SAME_FILE = {"mxfp4-floor": "mxfp4"}
+"""Two rules of rounding whose files are alike: the values read back are on the other grid."""
 every_container = pytest.mark.parametrize("name", CONTAINERS)
 
 
@@ -66,7 +68,8 @@ def test_reads_back_bit_for_bit(name: str, dtype: str, grid: Grid, tmp_path: Pat
             continue
         found = again.stored(row.name)
         assert found is not None and found.shape == wanted.shape and found.same_values(wanted)
-        assert container.adapt(found.grid, dtype) == container.adapt(grid, dtype)
+        same = registry.parse_grid(SAME_FILE.get(str(grid), str(grid)))
+        assert container.adapt(found.grid, dtype) == container.adapt(same, dtype)
         assert torch.equal(found.codes.to(torch.int64), wanted.codes.to(torch.int64))
         assert set(found.params) == set(wanted.params)
         for key, value in wanted.params.items():

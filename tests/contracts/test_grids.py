@@ -21,6 +21,8 @@ OUT, IN = 16, 512
 TERNARY = ("tq1_0", "tq2_0")
 LOUD = ("iq1_s", "iq1_m", "iq2_xxs")
 """In llama.cpp's files silent runs beside a loud one get the smallest scale, which is not 0."""
+SIZE = {"nvfp4-flat": 1024.0}
+"""Without a factor for the whole tensor, block scales of small weights are few and far between, or 0."""
 PUBLISHED_BPW = {
     "f32": 32.0,
     "bf16": 16.0,
@@ -48,6 +50,8 @@ PUBLISHED_BPW = {
     "tq1_0": 1.6875,
     "tq2_0": 2.0625,
     "mxfp4": 4.25,
+    "mxfp4-floor": 4.25,
+    "nvfp4-flat": 4.5,
     "mxfp6-e2m3": 6.25,
     "mxfp8": 8.25,
     "nvfp4": 4.5 + 32 / (OUT * IN),
@@ -88,7 +92,7 @@ def _miss(grid: Grid, w: Tensor, value: Tensor) -> Tensor:
 
 def test_every_file_of_the_axis_is_found():
     assert {"dense", "integer", "kquant", "minifloat", "table", "lattice"} <= set(MEMBERS)
-    assert {"iquant", "nonlinear"} <= set(MEMBERS)
+    assert {"iquant", "nonlinear", "ggml_floats"} <= set(MEMBERS)
 
 
 @every
@@ -315,7 +319,7 @@ def test_a_range_scaled_by_one_is_the_same_range(grid: ScalarGrid):
 
 @every_scalar
 def test_a_narrower_range_holds_smaller_values(grid: ScalarGrid):
-    w = _weight()
+    w = _weight() * SIZE.get(str(grid), 1)
     params = grid.fit(w)
     half = grid.scaled(params, torch.full((1, 1), 0.5))
     rows = (1,) if grid.block[0] == 1 else (0, 1)
@@ -327,7 +331,7 @@ def test_a_narrower_range_holds_smaller_values(grid: ScalarGrid):
 
 @every_scalar
 def test_steps_are_distances_between_neighbours(grid: ScalarGrid):
-    w = _weight()
+    w = _weight() * SIZE.get(str(grid), 1)
     params = grid.fit(w)
     step = grid.step(params, 0, IN)
     assert step.shape in ((OUT, IN), (1, IN))

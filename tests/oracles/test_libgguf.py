@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from bitmill.core import registry
+from bitmill.grids.ggml_floats import GgmlFloat
 from bitmill.grids.iquant import IQuant
 from bitmill.grids.kquant import KQuant
 from bitmill.grids.nonlinear import Nonlinear
-from bitmill.numerics.blocks import pack, unpack
+from bitmill.numerics.blocks import TYPES, pack, type_of, unpack
 
-EVERY = tuple(str(grid) for kind in (KQuant, Nonlinear, IQuant) for grid in kind.examples())
+EVERY = tuple(str(grid) for kind in (KQuant, Nonlinear, IQuant, GgmlFloat) for grid in kind.examples())
 NAMES = tuple(name for name in EVERY if name != "iq1_m")
 BLIND = ("iq1_s", "iq2_xxs", "iq2_xs")
 """Types that libgguf quantizes with importance only; for ours that is importance of ones."""
@@ -29,12 +30,12 @@ def _theirs(name: str, w: Tensor, importance: Tensor | None) -> np.ndarray:
     if importance is None and name in BLIND:
         importance = torch.ones(w.shape[1])
     vector = None if importance is None else importance.numpy()
-    return libgguf.quantize_rows(w.numpy(), int(gguf.GGMLQuantizationType[name.upper()]), vector)
+    return libgguf.quantize_rows(w.numpy(), TYPES[type_of(name)].id, vector)
 
 
 def _ours(name: str, w: Tensor, importance: Tensor | None) -> np.ndarray:
     quantized = registry.parse_grid(name).round(w, importance)
-    return pack(name, quantized.codes, quantized.params)
+    return pack(type_of(name), quantized.codes, quantized.params)
 
 
 def _degenerate() -> Tensor:
@@ -69,11 +70,25 @@ def _degenerate() -> Tensor:
     return torch.tensor(np.stack(list(rows.values())), dtype=torch.float32)
 
 
+def _edges() -> Tensor:
+    """Ties between E2M1 values, and largest magnitudes at and beside powers of two."""
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0])
+    ties = torch.cat((ties, -ties))
+    scales = torch.cat((2.0 ** torch.arange(-9, 10), torch.linspace(0.3, 3, 40)))
+    powers = 2.0 ** torch.arange(-60, 12)
+    beside = [powers, *(torch.nextafter(powers, torch.full((), to)) for to in (0.0, 1e30)), 1.4 * powers]
+    tops = torch.cat(beside).repeat_interleave(64).reshape(-1, WIDTH)
+    signs = torch.where(torch.arange(WIDTH) % 2 > 0, 1.0, -0.66)
+    return torch.cat((ties.repeat(WIDTH // 16) * scales[:, None], tops * signs))
+
+
 def _rows(kind: str) -> Tensor:
     if kind == "real":
         return torch.from_numpy(np.load(REAL, allow_pickle=False).astype(np.float32))
     if kind == "degenerate":
         return _degenerate()
+    if kind == "edges":
+        return _edges()
     generator = torch.Generator().manual_seed(5)
     w = torch.randn(200, WIDTH, generator=generator)
     if (
@@ -97,7 +112,7 @@ def _importance(kind: str) -> Tensor | None:
 
 
 @pytest.mark.parametrize("importance", ["none", "usual", "with zeros", "steep", "tiny"])
-@pytest.mark.parametrize("rows", ["real", "degenerate", "gaussian", "uneven"])
+@pytest.mark.parametrize("rows", ["real", "degenerate", "gaussian", "uneven", "edges"])
 @pytest.mark.parametrize("name", NAMES)
 def test_bytes_are_llama_cpps(name: str, rows: str, importance: str) -> None:
     w, weights = _rows(rows), _importance(importance)
@@ -127,10 +142,10 @@ def test_importance_of_its_own_for_every_row(name: str) -> None:
 @pytest.mark.parametrize("rows", ["real", "degenerate"])
 def test_decoding_is_the_gguf_packages(name: str, rows: str) -> None:
     raw = _theirs(name, _rows(rows), None)
-    codes, params = unpack(name, raw)
-    theirs = gguf.dequantize(raw, gguf.GGMLQuantizationType[name.upper()])
+    codes, params = unpack(type_of(name), raw)
+    theirs = gguf.dequantize(raw, gguf.GGMLQuantizationType(TYPES[type_of(name)].id))
     assert np.array_equal(registry.parse_grid(name).decode(codes, params).numpy(), theirs)
-    assert np.array_equal(pack(name, codes, params), raw)
+    assert np.array_equal(pack(type_of(name), codes, params), raw)
 
 
 @pytest.mark.parametrize("rows", ["real", "gaussian", "uneven"])

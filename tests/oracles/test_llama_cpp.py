@@ -19,10 +19,17 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from bitmill.checkpoint.gguf_model import GgufCheckpoint
 from bitmill.checkpoint.safetensors import SafetensorsFolder
 from bitmill.checkpoint.tokenizer import NASTY, load_tokenizer, tokenizer_from
+from bitmill.containers.gguf import Gguf
+from bitmill.core.registry import parse_grid
+from bitmill.grids.ggml_floats import GgmlFloat
+from bitmill.grids.iquant import IQuant
 from bitmill.grids.kquant import KQuant
+from bitmill.grids.nonlinear import Nonlinear
 from tests.test_gguf import EXTRA, LLAMA3, carried_model, embedded, logits, write
 from tests.test_tokenizer import byte_level, sentencepiece
 from tests.tiny import CONFIGS, make_model, tokens
+from tests.written import rows_of
+from tests.written import write as write_rows
 
 pytestmark = pytest.mark.client
 PROMPT = "The capital of France is Paris, and 12345 people wrote def f(x): return x + 1"
@@ -98,7 +105,10 @@ def test_every_family_from_a_folder(family: str, tmp_path: Path) -> None:
     assert_same_ids(model, back)
 
 
-@pytest.mark.parametrize("matrices", [str(grid) for grid in KQuant.examples()])
+BLOCKS = [str(g) for kind in (KQuant, Nonlinear, IQuant, GgmlFloat) for g in kind.examples()]
+
+
+@pytest.mark.parametrize("matrices", [*BLOCKS, "mxfp4"])
 def test_every_block_type(matrices: str, tmp_path: Path) -> None:
     """Rows of 256 and 512 weights: what differs is the rounding of activations, some parts in a hundred."""
     source = SafetensorsFolder(
@@ -109,6 +119,22 @@ def test_every_block_type(matrices: str, tmp_path: Path) -> None:
     ids = tokens(1, 96)[0].tolist()
     ours, other = logits(back, torch.tensor([ids]))[0], theirs(model, ids)
     assert float((ours - other).norm() / ours.norm()) < 0.08
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_the_scale_beside_nvfp4(family: str, tmp_path: Path) -> None:
+    """llama.cpp multiplies by it wherever we write one; in Qwen2's MLP it would not, and we refuse."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    source = SafetensorsFolder(make_model(tmp_path / "model", family, tied=False, **sizes))
+    grid, plain = parse_grid("nvfp4"), parse_grid("f16")
+    other = {} if family != "qwen2" else dict.fromkeys(("gate", "up", "down"), plain)
+    rows = rows_of(Gguf(), source, "f32", grid, {"head": grid, **other})
+    path = write_rows(Gguf(), source, rows, tmp_path).path
+    back, model = GgufCheckpoint(path), opened(path)
+    assert any(name.endswith(".scale") for name in back.file.tensors)
+    ids = tokens(1, 96)[0].tolist()
+    ours, other_ = logits(back, torch.tensor([ids]))[0], theirs(model, ids)
+    assert float((ours - other_).norm() / ours.norm()) < 0.08
 
 
 @pytest.mark.parametrize("name", ["gpt-2", "smollm", "llama-bpe", "qwen2", "tekken", "prefix", "no prefix"])

@@ -19,6 +19,7 @@ import pytest
 from bitmill.allocation.mixture import Mixture, demands_importance
 from bitmill.containers.gguf import MIXTURES
 from bitmill.core.axes import Weight
+from bitmill.numerics.blocks import type_of
 
 pytestmark = pytest.mark.client
 ROLES = {
@@ -173,7 +174,7 @@ def ours(
         weight = Weight(tensor, role, layer, shape.tensor(tensor), shape.layers, traits, tensor)
         choice = mixture.choose(weight)
         assert choice is not None
-        found[tensor] = roles.get(role) or choice.grid
+        found[tensor] = roles.get(role) or type_of(choice.grid)
     return found
 
 

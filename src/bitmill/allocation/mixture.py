@@ -46,7 +46,7 @@ _DEFAULT: Mapping[str, str] = MappingProxyType(
         "IQ4_XS": "iq4_xs",
         "TQ1_0": "tq1_0",
         "TQ2_0": "tq2_0",
-        "MXFP4_MOE": "mxfp4",
+        "MXFP4_MOE": "mxfp4-floor",
     }
 )
 _SMALLER_BLOCK: Mapping[str, str] = MappingProxyType(

@@ -387,6 +387,11 @@ def _place(
     return MappingProxyType(tensors)
 
 
+def scale_of(name: str, kind: str = "scale") -> str:
+    """Where the scale of a whole tensor stands, when its type has one: NVFP4."""
+    return f"{name.removesuffix('.weight')}.{kind}"
+
+
 def padded(size: int, alignment: int = ALIGNMENT) -> int:
     """``size`` rounded up to a multiple of ``alignment``."""
     return -(-size // alignment) * alignment

@@ -7,12 +7,12 @@ from functools import cached_property
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor
 
-from bitmill.checkpoint.gguf import GgufFile, GgufTensor
+from bitmill.checkpoint.gguf import GgufFile, GgufTensor, scale_of
 from bitmill.checkpoint.gguf_arch import EXTRAS, architecture_of_file, restored
 from bitmill.checkpoint.gguf_config import config_of
 from bitmill.checkpoint.tokenizer_gguf import files_of
@@ -22,6 +22,8 @@ from bitmill.core.registry import parse_grid
 from bitmill.core.types import Quantized, TensorFacts
 from bitmill.numerics import blocks
 
+SCALES = ("scale", "input_scale")
+"""What may stand beside an NVFP4 tensor; the second is about activations."""
 _KEPT = {"F16": "f16", "BF16": "bf16"}
 
 
@@ -52,11 +54,12 @@ class GgufCheckpoint(Checkpoint):
 
     def _canonical(self) -> dict[str, GgufTensor]:
         records = {}
+        beside = {scale_of(n, of) for n, t in self.file.tensors.items() if _is_nvfp4(t) for of in SCALES}
         for name, tensor in self.file.tensors.items():
             ours = self.arch.hf_name(name)
             if ours is not None:
                 records[ours] = tensor
-            elif name not in EXTRAS:
+            elif name not in EXTRAS and name not in beside:
                 raise BadFile(
                     f"tensor {name!r} is not one of architecture {self.arch.name!r}", where=str(self.path)
                 )
@@ -106,6 +109,8 @@ class GgufCheckpoint(Checkpoint):
         return self._facts
 
     def read(self, name: str) -> Tensor:
+        if self._gain(self._record(name)) is not None:
+            return cast(Quantized, self.stored(name)).dense()
         values = self.file.dense(self._record(name).name)
         if self.arch.is_permuted(name):
             values = values[restored(values.shape[0], self._config["head_dim"])]
@@ -122,6 +127,11 @@ class GgufCheckpoint(Checkpoint):
         if self.arch.offset(name):
             return Quantized(grid, self.read(name), {}, record.shape)  # type: ignore[arg-type]
         codes, params = blocks.unpack(kind, self.file.raw(record.name).reshape(rows, -1))
+        gain = self._gain(record)
+        if gain is not None:
+            params["gain"] = gain
+        elif kind == "nvfp4":
+            grid = parse_grid("nvfp4-flat")
         if not params:
             codes = codes.reshape(record.shape)
         quantized = Quantized(grid, codes, params, record.shape)  # type: ignore[arg-type]
@@ -132,6 +142,17 @@ class GgufCheckpoint(Checkpoint):
     def type_of(self, name: str) -> str:
         """The type that stores a tensor, in lower case: ``q4_k``."""
         return self._record(name).type.name.lower()
+
+    def _gain(self, record: GgufTensor) -> Tensor | None:
+        """What an NVFP4 tensor was multiplied with before its blocks were scaled, if the file says so."""
+        name = scale_of(record.name)
+        if not _is_nvfp4(record) or name not in self.file.tensors:
+            return None
+        scale = self.file.tensors[name]
+        gain = 1 / self.file.dense(name).to(torch.float32) if prod(scale.shape) == 1 else torch.zeros(1)
+        if not (bool(gain.isfinite().all()) and float(gain) > 0):
+            raise BadFile(f"tensor {name!r} is not one positive number", where=str(self.path))
+        return gain.reshape(())
 
     def _record(self, name: str) -> GgufTensor:
         if name not in self._records:
@@ -158,3 +179,7 @@ class GgufCheckpoint(Checkpoint):
     @property
     def digest(self) -> str:
         return self.file.digest
+
+
+def _is_nvfp4(tensor: GgufTensor) -> bool:
+    return tensor.type.name == "NVFP4"

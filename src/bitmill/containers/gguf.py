@@ -12,7 +12,7 @@ from typing import ClassVar, final
 
 import torch
 
-from bitmill.checkpoint.gguf import MAGIC
+from bitmill.checkpoint.gguf import MAGIC, scale_of
 from bitmill.checkpoint.gguf_arch import (
     Architecture,
     architecture_of_model,
@@ -93,6 +93,8 @@ MIXTURES: Mapping[str, int] = MappingProxyType(
     }
 )
 """Numbers of llama.cpp's mixtures; a row's reason begins with the mixture's name."""
+_SCALED_MLP = frozenset({"llama", "qwen3"})
+"""Architectures in which llama.cpp multiplies an MLP's products by the scales beside its weights."""
 _NOT_COPIED = ("split.", "quantize.", "bitmill.")
 """Prefixes of keys that describe the source file, not the model."""
 _QUANTIZATION_VERSION = 2
@@ -117,10 +119,12 @@ class Gguf(Container):
 
     def refuses(self, grid: Grid, role: str, shape: tuple[int, ...]) -> str | None:
         kind = str(grid)
-        if kind not in blocks.TYPES:
+        if blocks.type_of(kind) not in blocks.TYPES:
             return f"GGUF holds {', '.join(blocks.TYPES)}; {kind} is none of them"
         if (len(shape) < 2 or role in _VECTOR_ROLES - {"other"}) and kind != "f32":
             return f"llama.cpp wants norms, biases and other vectors as f32, not {kind}"
+        if kind == "nvfp4" and role == "embed":
+            return "llama.cpp has no scale for an embedding, which nvfp4 needs; nvfp4-flat and mxfp4 fit"
         return grid.refuses(shape)
 
     def adapt(self, grid: Grid, dtype: str) -> Grid:
@@ -132,8 +136,7 @@ class Gguf(Container):
         return "bf16" if dtype == "bf16" else "f16"
 
     def slots(self, row: Row, source: Checkpoint) -> Mapping[str, int]:
-        planned = _planned(row, _architecture(source))
-        return {} if planned is None else {planned.name: planned.bytes_}
+        return {planned.name: planned.bytes_ for planned in _planned(row, _architecture(source))}
 
     def files(
         self, rows: Sequence[Row], source: Checkpoint, notes: Mapping[str, str]
@@ -147,9 +150,10 @@ class Gguf(Container):
         """
         arch = _architecture(source)
         _check_complete(rows, source)
+        _check_scaled(rows, arch)
         extras = _extras(source)
         ordered = sorted(rows, key=lambda r: (r.layer is not None, r.layer or 0, r.name))
-        planned = [p for p in (_planned(r, arch) for r in ordered) if p is not None]
+        planned = [p for row in ordered for p in _planned(row, arch)]
         first = [Planned(n, tuple(t.shape), blocks.TYPES["f32"].id, t.nbytes) for n, t in extras.items()]
         keys = {**_model_keys(source, arch), **_quantization_keys(rows)}
         keys.update({f"bitmill.{name}": encoded(text) for name, text in notes.items()})
@@ -169,20 +173,28 @@ class Gguf(Container):
         codes, offset = quantized.codes, arch.offset(row.name)
         if offset:
             codes = codes.to(torch.float32) + offset
-        return {name: blocks.pack(str(row.grid), codes, quantized.params).tobytes()}
+        packed = {name: blocks.pack(blocks.type_of(str(row.grid)), codes, quantized.params).tobytes()}
+        if "gain" in quantized.params:
+            gain = quantized.params["gain"].to("cpu", torch.float32)
+            packed[scale_of(name)] = (1 / gain).numpy().tobytes()
+        return packed
 
 
 def _architecture(source: Checkpoint) -> Architecture:
     return source.arch if isinstance(source, GgufCheckpoint) else architecture_of_model(source.config)
 
 
-def _planned(row: Row, arch: Architecture) -> Planned | None:
+def _planned(row: Row, arch: Architecture) -> tuple[Planned, ...]:
+    """What a row becomes: nothing, a tensor, or one with a scale of the whole beside it."""
     name = arch.gguf_name(row.name)
     if name is None:
-        return None
-    kind = blocks.TYPES[str(row.grid)]
+        return ()
+    kind = blocks.TYPES[blocks.type_of(str(row.grid))]
     columns = row.shape[-1] if row.shape else 1
-    return Planned(name, tuple(row.shape), kind.id, prod(row.shape[:-1]) * kind.row_bytes(columns))
+    planned = Planned(name, tuple(row.shape), kind.id, prod(row.shape[:-1]) * kind.row_bytes(columns))
+    if str(row.grid) != "nvfp4":
+        return (planned,)
+    return planned, Planned(scale_of(name), (1,), blocks.TYPES["f32"].id, 4)
 
 
 def _check_complete(rows: Sequence[Row], source: Checkpoint) -> None:
@@ -193,6 +205,19 @@ def _check_complete(rows: Sequence[Row], source: Checkpoint) -> None:
             where=str(source.path),
             fix='set "tie_word_embeddings": true in config.json if the output shares the embedding',
         )
+
+
+def _check_scaled(rows: Sequence[Row], arch: Architecture) -> None:
+    """Refuse scales beside tensors that llama.cpp loads and then forgets."""
+    if arch.name in _SCALED_MLP:
+        return
+    for row in rows:
+        if str(row.grid) == "nvfp4" and row.role in ("gate", "up", "down"):
+            raise Refused(
+                f"llama.cpp's {arch.name} does not apply the scale that nvfp4 has beside an MLP's weight",
+                where=row.name,
+                fix="nvfp4-flat, which has none, or mxfp4",
+            )
 
 
 def _extras(source: Checkpoint) -> Mapping[str, torch.Tensor]:
@@ -239,7 +264,7 @@ def _quantization_keys(rows: Sequence[Row]) -> dict[str, bytes]:
     weights: Counter[str] = Counter()
     for row in rows:
         if len(row.shape) > 1:
-            weights[str(row.grid)] += prod(row.shape)
+            weights[blocks.type_of(str(row.grid))] += prod(row.shape)
     kind = weights.most_common(1)[0][0] if weights else "f32"
     mixtures = {row.why.partition(":")[0] for row in rows} & set(MIXTURES)
     return {

@@ -222,6 +222,7 @@ class Minifloat(LevelGrid):
         largest = w.abs().max() if w.numel() else w.new_zeros(())
         gain = top / largest
         gain = torch.where(gain.isfinite(), gain, 1.0).to(torch.float32)
+        gain = 1 / (1 / gain)  # so that a file may hold either and mean the same
         blocks = w.reshape(w.shape[0], -1, 16).abs().amax(-1)
         plain = _block_scale(blocks * gain / self._kind.largest)
         if u is None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bitmill.core.errors import BadFile
+from bitmill.numerics import float_layout as small
 from bitmill.numerics import iquant_layout as iq
 from bitmill.numerics.iquant_layout import half, nibbles, unhalf, unnibbles
 
@@ -60,11 +61,20 @@ TYPES: Mapping[str, BlockType] = MappingProxyType(
         "iq1_m": BlockType(29, 256, 56),
         "tq1_0": BlockType(34, 256, 54),
         "tq2_0": BlockType(35, 256, 66),
+        "mxfp4": BlockType(39, 32, 17),
+        "nvfp4": BlockType(40, 64, 36),
     }
 )
 """Types whose bytes this module lays out, by their lower-case name."""
 
+_HELD = {"mxfp4-floor": "mxfp4", "nvfp4-flat": "nvfp4"}
+
 _DENSE = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+def type_of(grid: str) -> str:
+    """Name of the type that holds a grid's values: its own, but where two rules of rounding share one."""
+    return _HELD.get(grid, grid)
 
 
 def pack(type: str, codes: Tensor, params: Mapping[str, Tensor]) -> Bytes:
@@ -318,6 +328,8 @@ _PACK = MappingProxyType(
         "iq4_xs": iq.pack_iq4_xs,
         "tq1_0": iq.pack_tq1_0,
         "tq2_0": _pack_tq2_0,
+        "mxfp4": small.pack_mxfp4,
+        "nvfp4": small.pack_nvfp4,
     }
 )
 _UNPACK = MappingProxyType(
@@ -343,5 +355,7 @@ _UNPACK = MappingProxyType(
         "iq4_xs": iq.unpack_iq4_xs,
         "tq1_0": iq.unpack_tq1_0,
         "tq2_0": _unpack_tq2_0,
+        "mxfp4": small.unpack_mxfp4,
+        "nvfp4": small.unpack_nvfp4,
     }
 )
