@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import struct
 from collections.abc import Mapping
 from importlib import metadata
@@ -18,8 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitmill.checkpoint.gguf import GgufFile
 from bitmill.checkpoint.gguf_arch import interleaved, restored
-from bitmill.checkpoint.gguf_config import llama3_divisors
 from bitmill.checkpoint.gguf_model import GgufCheckpoint
+from bitmill.checkpoint.gguf_rope import llama3_divisors, rope_keys, rope_tensors
 from bitmill.checkpoint.gguf_write import Planned, encoded, head
 from bitmill.checkpoint.safetensors import SafetensorsFolder
 from bitmill.containers.gguf import Gguf
@@ -28,6 +29,8 @@ from bitmill.core.errors import BadFile, Refused
 from bitmill.core.registry import parse_grid
 from bitmill.core.types import Quantized, Row
 from bitmill.families.base import describe
+from bitmill.planning import plan
+from bitmill.recipe import parse
 from tests import written
 from tests.tiny import CONFIGS, make_model, tokens
 
@@ -40,7 +43,10 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 
-EXTRA: dict[str, dict[str, Any]] = {"gemma3": {"query_pre_attn_scalar": 32, "num_hidden_layers": 6}}
+EXTRA: dict[str, dict[str, Any]] = {
+    "gemma2": {"query_pre_attn_scalar": 32, "num_hidden_layers": 4},
+    "gemma3": {"query_pre_attn_scalar": 32, "num_hidden_layers": 6},
+}
 """What a tiny model needs to be one that llama.cpp runs: attention scaled by the width of a head."""
 
 
@@ -167,7 +173,9 @@ def test_a_model_survives_the_round_trip(family: str, tied: bool, tmp_path: Path
     assert set(back.tensors) == set(source.tensors)
     for name in source.tensors:
         want, got = source.read(name), back.read(name)
-        near = 2**-22 if family == "gemma3" and name.endswith("norm.weight") else 0.0  # the file holds 1 + w
+        near = (
+            2**-22 if family.startswith("gemma") and name.endswith("norm.weight") else 0.0
+        )  # the file holds 1 + w
         assert torch.allclose(got, want, rtol=0, atol=near), name
     ids = tokens(2, 24)
     assert torch.allclose(logits(back, ids), logits(source, ids), atol=1e-4)
@@ -234,19 +242,91 @@ def test_llama3_frequencies_travel_as_a_tensor(tmp_path: Path) -> None:
     assert torch.allclose(llama3_divisors(LLAMA3, 32), theirs, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
-        {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128},
-    ],
-)
-def test_other_position_scalings_travel_as_keys(rope: Mapping[str, Any], tmp_path: Path) -> None:
-    source = SafetensorsFolder(
-        make_model(tmp_path / "model", "qwen2", rope_parameters=rope, num_hidden_layers=1)
-    )
-    write(source, tmp_path / "out.gguf", "f16")
-    assert GgufCheckpoint(tmp_path / "out.gguf").config["rope_parameters"] == rope
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "long_factor": [1.0 + i / 4 for i in range(16)],
+    "short_factor": [1.0 + i / 32 for i in range(16)],
+    "original_max_position_embeddings": 64,
+}
+SCALED: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "linear": ("qwen2", {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}),
+    **{f"yarn-{name}": (name, YARN) for name in ("llama", "mistral", "qwen2", "qwen3")},
+    "yarn-betas": ("llama", {**YARN, "beta_fast": 16.0, "beta_slow": 2.0}),
+    "yarn-attention": ("qwen2", {**YARN, "attention_factor": 1.5}),
+    "longrope-phi3": ("phi3", {**LONG, "partial_rotary_factor": 1.0}),
+    "longrope-llama": ("llama", LONG),
+    "longrope-attention": ("phi3", {**LONG, "attention_factor": 1.25, "partial_rotary_factor": 1.0}),
+    "half-of-phi3": ("phi3", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+}
+"""Ways of scaling positions, and a family that has them."""
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_position_scalings_travel(kind: str, tmp_path: Path) -> None:
+    _, rope = SCALED[kind]
+    source = SafetensorsFolder(make_scaled(tmp_path / "model", kind))
+    write(source, tmp_path / "out.gguf", "f32")
+    back = GgufCheckpoint(tmp_path / "out.gguf")
+    assert back.config["rope_parameters"] == rope
+    ids = tokens(1, 96)
+    assert torch.allclose(logits(back, ids), logits(source, ids), atol=1e-5)
+    assert any("--yarn-beta-fast 16" in r for r in plan(parse("f16"), back).remarks) == ("betas" in kind)
+    write(back, tmp_path / "again.gguf", "f32")
+    assert GgufCheckpoint(tmp_path / "again.gguf").config == back.config
+
+
+def make_scaled(folder: Path, kind: str) -> Path:
+    """A tiny model with one of :data:`SCALED`; Phi says the original length a second time."""
+    family, rope = SCALED[kind]
+    more: dict[str, Any] = {}
+    if family == "phi3":
+        more["original_max_position_embeddings"] = rope.get("original_max_position_embeddings", 512)
+    return make_model(folder, family, rope_parameters=dict(rope), num_hidden_layers=1, **more)
+
+
+def test_older_spellings_of_position_scaling_are_the_same() -> None:
+    new = {
+        "max_position_embeddings": 256,
+        "rope_parameters": YARN,
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+    }
+    old = {
+        **{k: v for k, v in new.items() if k != "rope_parameters"},
+        "rope_theta": 1e6,
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    }
+    assert rope_keys(old) == rope_keys(new)
+    su = {**old, "original_max_position_embeddings": 64, "rope_theta": 1e4}
+    su["rope_scaling"] = {
+        "type": "su",
+        "long_factor": LONG["long_factor"],
+        "short_factor": LONG["short_factor"],
+    }
+    long = {**new, "rope_parameters": LONG}
+    assert rope_keys(su) == rope_keys(long)
+    assert all(torch.equal(v, rope_tensors(long)[k]) for k, v in rope_tensors(su).items())
+    scaled = {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}
+    key = "rope.scaling.attn_factor"
+    assert rope_keys({**new, "rope_parameters": scaled})[key] == pytest.approx(1 / (1 + 0.05 * math.log(4)))
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "phi3"])
+def test_windows_that_llama_cpp_does_not_have_are_said_and_travel(family: str, tmp_path: Path) -> None:
+    qwen = {"use_sliding_window": True, "max_window_layers": 1} if "qwen" in family else {}
+    source = SafetensorsFolder(make_model(tmp_path / "model", family, sliding_window=16, **qwen))
+    write(source, tmp_path / "out.gguf", "f32")
+    back = GgufCheckpoint(tmp_path / "out.gguf")
+    assert back.config["sliding_window"] == 16 and back.config["model_type"] == source.config["model_type"]
+    assert back.config.get("layer_types") == source.config.get("layer_types")
+    ids = tokens(1, 64)
+    assert torch.allclose(logits(back, ids), logits(source, ids), atol=1e-5)
+    for checkpoint in (source, back):
+        assert any("window of 16" in line for line in plan(parse("f16"), checkpoint).remarks)
+    wide = SafetensorsFolder(make_model(tmp_path / "wide", family))
+    assert not plan(parse("f16"), wide).remarks
 
 
 def test_split_files_are_one_model(tmp_path: Path) -> None:
@@ -282,7 +362,9 @@ def test_models_that_llama_cpp_would_run_wrongly_are_refused(tmp_path: Path) -> 
     text = json.loads((folder / "config.json").read_text())
     for change, reason in (
         ({"model_type": "mixtral"}, "cannot be written as GGUF"),
-        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "dynamic"),
+        ({"rope_parameters": {"rope_type": "longrope", "long_factor": [1.0]}}, "16 frequencies"),
+        ({"partial_rotary_factor": 0.5}, "whole heads"),
         ({"tie_word_embeddings": False}, "lm_head"),
     ):
         source = _Changed(SafetensorsFolder(folder), {**text, **change})

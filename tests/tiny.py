@@ -10,9 +10,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -32,6 +34,8 @@ CONFIGS = {
     "mistral": MistralConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
+    "phi3": functools.partial(Phi3Config, bos_token_id=1, eos_token_id=2, pad_token_id=2),
+    "gemma2": functools.partial(Gemma2Config, sliding_window=16),
     "gemma3": functools.partial(Gemma3TextConfig, sliding_window=16),
 }
 CHAT = (

@@ -21,6 +21,8 @@ from typing import Any
 
 from bitmill.allocation.mixture import Mixture, demands_importance
 from bitmill.allocation.uniform import Uniform
+from bitmill.checkpoint.gguf_arch import architecture_of_model
+from bitmill.checkpoint.gguf_config import unheard
 from bitmill.checkpoint.stored_types import requantized
 from bitmill.core import registry
 from bitmill.core.axes import Allocation, Checkpoint, Choice, Container, Grid, Weight, total_bytes
@@ -228,6 +230,8 @@ def plan(
     remarks += _unheard(recipe, rows, container, checkpoint)
     again = requantized(checkpoint) if any(str(row.grid) not in BYTES for row in rows) else None
     remarks += (again,) if again is not None else ()
+    if recipe.container == "gguf":
+        remarks += unheard(checkpoint.config, architecture_of_model(checkpoint.config))
     _refuse_rows(recipe, rows, container, solver, strict)
     provenance = {"recipe": str(recipe), "source": checkpoint.digest, "version": version("bitmill")}
     files = container.files(rows, checkpoint, provenance)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -25,7 +26,7 @@ from bitmill.grids.ggml_floats import GgmlFloat
 from bitmill.grids.iquant import IQuant
 from bitmill.grids.kquant import KQuant
 from bitmill.grids.nonlinear import Nonlinear
-from tests.test_gguf import EXTRA, LLAMA3, carried_model, embedded, logits, write
+from tests.test_gguf import EXTRA, LLAMA3, SCALED, carried_model, embedded, logits, make_scaled, write
 from tests.test_tokenizer import byte_level, sentencepiece
 from tests.tiny import CONFIGS, make_model, tokens
 from tests.written import rows_of
@@ -35,8 +36,9 @@ pytestmark = pytest.mark.client
 PROMPT = "The capital of France is Paris, and 12345 people wrote def f(x): return x + 1"
 
 
-def opened(path: Path) -> llama_cpp.Llama:
-    return llama_cpp.Llama(str(path), n_ctx=256, n_batch=256, logits_all=True, verbose=False, n_threads=2)
+def opened(path: Path, **more: float) -> llama_cpp.Llama:
+    sizes: dict[str, Any] = {"n_ctx": 256, "n_batch": 256, "n_threads": 2}
+    return llama_cpp.Llama(str(path), **sizes, **more, logits_all=True, verbose=False)
 
 
 def theirs(model: llama_cpp.Llama, ids: Sequence[int]) -> torch.Tensor:
@@ -86,19 +88,23 @@ def test_transformers_reads_the_original_as_we_do() -> None:
         assert torch.equal(values[name], source.read(name)), name
 
 
-@pytest.mark.parametrize("family", [*CONFIGS, "llama3", "linear", "untied", "wide-heads"])
+@pytest.mark.parametrize("family", [*CONFIGS, *SCALED, "llama3", "untied", "wide-heads"])
 def test_every_family_from_a_folder(family: str, tmp_path: Path) -> None:
     kinds = {
         "llama3": {"rope_parameters": LLAMA3},
-        "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
         "wide-heads": {"head_dim": 64},
         **EXTRA,
     }
     name = family if family in CONFIGS else "llama"
-    folder = make_model(tmp_path / "model", name, tied=family != "untied", **kinds.get(family, {}))
+    if family in SCALED:
+        folder = make_scaled(tmp_path / "model", family)
+    else:
+        folder = make_model(tmp_path / "model", name, tied=family != "untied", **kinds.get(family, {}))
     source = SafetensorsFolder(folder)
     write(source, tmp_path / "out.gguf", "f32")
-    back, model = GgufCheckpoint(tmp_path / "out.gguf"), opened(tmp_path / "out.gguf")
+    # llama.cpp takes the betas from its command line only; what a plan says, see test_gguf.
+    told = {"yarn_beta_fast": 16.0, "yarn_beta_slow": 2.0} if family == "yarn-betas" else {}
+    back, model = GgufCheckpoint(tmp_path / "out.gguf"), opened(tmp_path / "out.gguf", **told)
     ids = tokens(1, 96)[0].tolist()
     ours, other = logits(source, torch.tensor([ids]))[0], theirs(model, ids)
     assert float((ours - other).abs().max()) < 5e-3 * float(ours.abs().max())

@@ -29,6 +29,11 @@ _BLOCK = {
     "mlp.down_proj": "ffn_down",
 }
 _HEAD_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+_FUSED = {
+    **{k: v for k, v in _BLOCK.items() if v not in ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up")},
+    "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_up_proj": "ffn_up",
+}
 _FOUR_NORMS = {
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
@@ -36,8 +41,6 @@ _FOUR_NORMS = {
 }
 _HF_BLOCK = re.compile(r"^model\.layers\.(\d+)\.(.+)\.(weight|bias)$")
 _GGUF_BLOCK = re.compile(r"^blk\.(\d+)\.(.+)\.(weight|bias)$")
-EXTRAS = frozenset({"rope_freqs.weight"})
-"""Tensors that llama.cpp derives from the configuration: no Hugging Face name, carried along as they are."""
 _RECOMPUTED = ("rotary_emb.inv_freq",)
 
 
@@ -52,6 +55,7 @@ class Architecture:
         block: module path inside a block to llama.cpp's name.
         permuted: rows of q and k are stored with the two halves of each head interleaved.
         norm_offset: added to every norm's weight in the file, because ggml multiplies by ``w`` alone.
+        partly_rotated: whether a head may have values that positions do not rotate.
     """
 
     name: str
@@ -60,6 +64,7 @@ class Architecture:
     block: Mapping[str, str]
     permuted: bool = False
     norm_offset: float = 0.0
+    partly_rotated: bool = False
 
     def gguf_name(self, name: str) -> str | None:
         """llama.cpp's name of a canonical tensor; None for buffers that no file needs.
@@ -105,6 +110,8 @@ _ARCHITECTURES = (
     Architecture("llama", ("llama", "mistral"), "LlamaForCausalLM", _BLOCK, permuted=True),
     Architecture("qwen2", ("qwen2",), "Qwen2ForCausalLM", _BLOCK),
     Architecture("qwen3", ("qwen3",), "Qwen3ForCausalLM", {**_BLOCK, **_HEAD_NORMS}),
+    Architecture("phi3", ("phi3",), "Phi3ForCausalLM", _FUSED, partly_rotated=True),
+    Architecture("gemma2", ("gemma2",), "Gemma2ForCausalLM", {**_BLOCK, **_FOUR_NORMS}, norm_offset=1.0),
     Architecture(
         "gemma3",
         ("gemma3_text",),

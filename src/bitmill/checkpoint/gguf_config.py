@@ -1,74 +1,30 @@
-"""A model's configuration as GGUF keys and back: the numbers llama.cpp needs, in Hugging Face's words.
-
-Rotary frequencies follow "Llama 3" scaling (Meta, 2024): wavelengths beyond the original context are
-stretched by a factor, short ones kept, those between blended. llama.cpp stores the outcome as a tensor.
-"""
+"""A model's configuration as GGUF keys and back: the numbers llama.cpp needs, in Hugging Face's words."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from bitmill.checkpoint.gguf import GgufFile
 from bitmill.checkpoint.gguf_arch import Architecture
+from bitmill.checkpoint.gguf_numbers import Numbers, short
+from bitmill.checkpoint.gguf_rope import (
+    YARN_BETAS,
+    head_width,
+    rope_keys,
+    rope_of,
+    rope_parameters,
+    rotated,
+    yarn_betas,
+)
 from bitmill.core.errors import BadFile, Refused
 
-_GEMMA_PATTERN = 6
-_GEMMA_LARGEST = 62  # blocks of Gemma 3 27B, whose attention scale is not that of its heads
-_YARN = {
-    "beta_fast": "rope.scaling.yarn_beta_fast",
-    "beta_slow": "rope.scaling.yarn_beta_slow",
-    "attention_factor": "rope.scaling.attn_factor",
-}
-_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-
-class _Keys:
-    """Reads required numbers of one architecture and checks that they make sense."""
-
-    def __init__(self, file: GgufFile, arch: str) -> None:
-        self.file, self.arch = file, arch
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self.file.metadata.get(f"{self.arch}.{key}", default)
-
-    def whole(self, key: str, default: Any = None) -> int:
-        value = self._one(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
-            raise self._bad(key, value)
-        return value
-
-    def real(self, key: str, default: Any = None) -> float:
-        value = self._one(key, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1 << 31:
-            raise self._bad(key, value)
-        return shortest(value)
-
-    def _one(self, key: str, default: Any) -> Any:
-        """The value; one number a block counts as one number when all are equal."""
-        value = self.get(key, default)
-        return value[0] if isinstance(value, list) and len(set(value)) == 1 else value
-
-    def _bad(self, key: str, value: Any) -> BadFile:
-        full = f"{self.arch}.{key}"
-        return BadFile(
-            f"key {full!r} is {_short(value)}; a positive number is needed", where=str(self.file.path)
-        )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else text[:57] + "…"
-
-
-def shortest(value: float) -> float:
-    """The shortest decimal that is this float32: 1e-05, not 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
+_GEMMA_PATTERN = {"gemma2": 2, "gemma3": 6}
+"""Every which block attends to everything; llama.cpp knows it by the architecture."""
+_GEMMA_LARGEST = {"gemma2": 46, "gemma3": 62}
+"""Blocks of the 27B models, whose attention scale is not that of their heads."""
+_PATTERN = "attention.sliding_window_pattern"
+_LOCAL, _FULL = "sliding_attention", "full_attention"
 
 
 def config_of(file: GgufFile, arch: Architecture) -> dict[str, Any]:
@@ -80,19 +36,17 @@ def config_of(file: GgufFile, arch: Architecture) -> dict[str, Any]:
         BadFile: a number the architecture needs is missing or impossible.
         Refused: it scales rotary positions in a way that is not known here.
     """
-    keys = _Keys(file, arch.name)
+    keys = Numbers(file, arch.name)
     hidden, heads = keys.whole("embedding_length"), keys.whole("attention.head_count")
     embed = file.record("token_embd.weight")
     if embed.shape[-1] != hidden or len(embed.shape) != 2:
         raise BadFile(
-            f"token_embd.weight has shape {embed.shape}, not (vocabulary, {hidden})", where=str(file.path)
+            f"token_embd.weight has shape {embed.shape}, not (vocabulary, {hidden})", where=keys.where
         )
-    head_dim = keys.whole("attention.key_length", keys.get("rope.dimension_count", max(hidden // heads, 1)))
-    if head_dim % 2:
-        raise BadFile(f"a head has the odd width {head_dim}", where=str(file.path))
+    head_dim, turned = _head_sizes(keys, arch, max(hidden // heads, 1))
     names, blocks = file.tensors, keys.whole("block_count")
     if blocks > len(names):
-        raise BadFile(f"{blocks} blocks are announced, for {len(names)} tensors", where=str(file.path))
+        raise BadFile(f"{blocks} blocks are announced, for {len(names)} tensors", where=keys.where)
     config: dict[str, Any] = {
         "architectures": [arch.causal],
         "model_type": arch.model_types[0],
@@ -106,7 +60,7 @@ def config_of(file: GgufFile, arch: Architecture) -> dict[str, Any]:
         "rms_norm_eps": keys.real("attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": keys.whole("context_length"),
         "tie_word_embeddings": "output.weight" not in names,
-        "rope_parameters": _rope(file, keys, head_dim),
+        "rope_parameters": rope_of(keys, turned),
         "attention_bias": "blk.0.attn_q.bias" in names,
         "dtype": _dtype(file),
     }
@@ -114,11 +68,27 @@ def config_of(file: GgufFile, arch: Architecture) -> dict[str, Any]:
         config["mlp_bias"] = "blk.0.ffn_gate.bias" in names
     for key, ours in (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("padding", "pad_token_id")):
         config[ours] = _token_id(file, f"tokenizer.ggml.{key}_token_id", embed.shape[0])
-    if arch.name == "gemma3":
-        _gemma3(config, keys)
+    if arch.name.startswith("gemma"):
+        _gemma(config, keys)
     else:
         config["hidden_act"] = "silu"
+    if arch.name == "phi3":
+        _phi3(config, keys, turned)
+    if arch.name in ("llama", "qwen2", "qwen3"):
+        _windows(config, keys)
     return config
+
+
+def _head_sizes(keys: Numbers, arch: Architecture, usual: int) -> tuple[int, int]:
+    """Width of a head, and how much of it is rotated."""
+    if arch.partly_rotated:
+        head_dim = keys.whole("attention.key_length", usual)
+        turned = keys.whole("rope.dimension_count", head_dim)
+    else:
+        head_dim = turned = keys.whole("attention.key_length", keys.get("rope.dimension_count", usual))
+    if head_dim % 2 or turned % 2 or turned > head_dim:
+        raise BadFile(f"a head has the width {head_dim}, of which {turned} is rotated", where=keys.where)
+    return head_dim, turned
 
 
 def _token_id(file: GgufFile, key: str, vocabulary: int) -> int | None:
@@ -127,7 +97,7 @@ def _token_id(file: GgufFile, key: str, vocabulary: int) -> int | None:
         return None
     if not isinstance(value, int) or not 0 <= value < vocabulary:
         raise BadFile(
-            f"key {key!r} is {_short(value)}; the vocabulary has {vocabulary} tokens", where=str(file.path)
+            f"key {key!r} is {short(value)}; the vocabulary has {vocabulary} tokens", where=str(file.path)
         )
     return value
 
@@ -140,74 +110,56 @@ def _dtype(file: GgufFile) -> str:
     return "float32"
 
 
-def _gemma3(config: dict[str, Any], keys: _Keys) -> None:
-    pattern = keys.whole("attention.sliding_window_pattern", _GEMMA_PATTERN)
+def _gemma(config: dict[str, Any], keys: Numbers) -> None:
+    name = keys.arch
+    pattern = keys.whole(_PATTERN, _GEMMA_PATTERN[name])
     blocks, heads = config["num_hidden_layers"], config["num_attention_heads"]
-    full = config["rope_parameters"]
-    local = {"rope_type": "default", "rope_theta": keys.real("rope.freq_base_swa", 10_000.0)}
-    scale = config["hidden_size"] // heads if blocks == _GEMMA_LARGEST else config["head_dim"]
+    largest = blocks == _GEMMA_LARGEST[name]
+    if name == "gemma3":
+        local = {"rope_type": "default", "rope_theta": keys.real("rope.freq_base_swa", 10_000.0)}
+        ropes = {_FULL: config["rope_parameters"], _LOCAL: local}
+        config.update(rope_parameters=ropes, attn_logit_softcapping=None)
+    else:
+        config["attn_logit_softcapping"] = keys.real("attn_logit_softcapping", 50.0)
+    final = keys.get("final_logit_softcapping", None if name == "gemma3" else 30.0)
     config.update(
         hidden_activation="gelu_pytorch_tanh",
-        rope_parameters={"full_attention": full, "sliding_attention": local},
-        sliding_window=keys.whole("attention.sliding_window"),
+        sliding_window=keys.whole("attention.sliding_window", 4096 if name == "gemma2" else None),
         layer_types=_layer_types(blocks, pattern),
-        query_pre_attn_scalar=scale,
-        attn_logit_softcapping=None,
-        final_logit_softcapping=keys.real("final_logit_softcapping")
-        if keys.get("final_logit_softcapping")
-        else None,
+        query_pre_attn_scalar=config["hidden_size"] // heads if largest else config["head_dim"],
+        final_logit_softcapping=keys.real("final_logit_softcapping", final) if final else None,
     )
 
 
+def _phi3(config: dict[str, Any], keys: Numbers, turned: int) -> None:
+    rope = config["rope_parameters"]
+    context = config["max_position_embeddings"]
+    original = keys.whole("rope.scaling.original_context_length", context)
+    rope["partial_rotary_factor"] = turned / config["head_dim"]
+    config.update(original_max_position_embeddings=original, sliding_window=keys.window())
+    if config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]:
+        del config["head_dim"]  # transformers' class has no such field
+
+
+def _windows(config: dict[str, Any], keys: Numbers) -> None:
+    """Sliding windows of the models whose architecture in llama.cpp attends to everything."""
+    window = keys.window()
+    if window is None:
+        return
+    if keys.arch == "llama":  # of the models it holds, Mistral is the one with a window
+        config.update(architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=window)
+        del config["attention_bias"], config["mlp_bias"]
+        return
+    blocks = config["num_hidden_layers"]
+    local = keys.get(_PATTERN, [1] * blocks)
+    if not isinstance(local, list) or len(local) != blocks:
+        raise BadFile(f"{keys.arch}.{_PATTERN} has no entry for each of {blocks} blocks", where=keys.where)
+    kinds = [_LOCAL if flag else _FULL for flag in local]
+    config.update(use_sliding_window=True, sliding_window=window, layer_types=kinds)
+
+
 def _layer_types(blocks: int, pattern: int) -> list[str]:
-    return ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(blocks)]
-
-
-def _rope(file: GgufFile, keys: _Keys, head_dim: int) -> dict[str, Any]:
-    theta = keys.real("rope.freq_base", 10_000.0)
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
-    kind = keys.get("rope.scaling.type", "none")
-    if kind in ("linear", "yarn"):
-        rope.update(rope_type=kind, factor=keys.real("rope.scaling.factor"))
-        if kind == "yarn":
-            original = keys.whole("rope.scaling.original_context_length")
-            rope["original_max_position_embeddings"] = original
-            rope.update({k: keys.real(v) for k, v in _YARN.items() if keys.get(v) is not None})
-    elif kind != "none":
-        raise Refused(f"rope scaling {_short(kind)} cannot be read", where=str(file.path))
-    if "rope_freqs.weight" in file.tensors:
-        rope.update(_llama3_of(file.dense("rope_freqs.weight"), theta, head_dim, str(file.path)))
-    return rope
-
-
-def _llama3_of(divisors: Tensor, theta: float, head_dim: int, where: str) -> dict[str, Any]:
-    """The parameters whose divisors these are: Meta's, with the factor the tensor shows."""
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": theta,
-        "factor": float(divisors.max()),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    if divisors.shape != (head_dim // 2,) or not torch.allclose(
-        llama3_divisors(rope, head_dim), divisors, rtol=1e-4
-    ):
-        raise Refused(
-            "rope_freqs.weight holds frequencies that are not those of Llama 3",
-            where=where,
-            fix="start from the safetensors model, whose config.json says how positions are scaled",
-        )
-    return rope
-
-
-def llama3_divisors(rope: Mapping[str, Any], head_dim: int) -> Tensor:
-    """What every rotary frequency is divided by, ``head_dim / 2`` float32."""
-    factor, low, high, original = (float(rope[name]) for name in _LLAMA3)
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    wavelengths = 2 * math.pi * float(rope["rope_theta"]) ** exponents
-    blend = ((original / wavelengths - low) / (high - low)).clamp(0, 1)
-    return 1 / ((1 - blend) / factor + blend)
+    return [_LOCAL if (i + 1) % pattern else _FULL for i in range(blocks)]
 
 
 def keys_of(config: Mapping[str, Any], arch: Architecture) -> dict[str, Any]:
@@ -217,8 +169,11 @@ def keys_of(config: Mapping[str, Any], arch: Architecture) -> dict[str, Any]:
         Refused: the model does something llama.cpp's architecture does not.
     """
     hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-    head_dim = int(config.get("head_dim") or hidden // heads)
-    rope = _rope_parameters(config)
+    head_dim = head_width(config)
+    if rope_parameters(config)["partial_rotary_factor"] != 1 and not arch.partly_rotated:
+        raise Refused(f"llama.cpp's {arch.name} rotates whole heads; this model rotates a part of each")
+    if rope_parameters(config)["rope_type"] == "longrope" and arch.name not in ("phi3", "llama"):
+        raise Refused(f"llama.cpp's {arch.name} has no longrope scaling; this model has")
     keys: dict[str, Any] = {
         "block_count": int(config["num_hidden_layers"]),
         "context_length": int(config["max_position_embeddings"]),
@@ -226,76 +181,85 @@ def keys_of(config: Mapping[str, Any], arch: Architecture) -> dict[str, Any]:
         "feed_forward_length": int(config["intermediate_size"]),
         "attention.head_count": heads,
         "attention.head_count_kv": int(config.get("num_key_value_heads") or heads),
-        "rope.freq_base": float(rope["rope_theta"]),
         "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
         "vocab_size": int(config["vocab_size"]),
+        **rope_keys(config),
     }
-    if arch.name == "llama":
-        keys["rope.dimension_count"] = head_dim
-    if arch.name in ("qwen3", "gemma3") or head_dim * heads != hidden:
+    if arch.name == "llama" or arch.partly_rotated:
+        keys["rope.dimension_count"] = rotated(config)
+    if arch.name in ("qwen3", "gemma2", "gemma3") or head_dim * heads != hidden:
         keys.update({"attention.key_length": head_dim, "attention.value_length": head_dim})
-    keys.update(_scaling_keys(rope))
-    if arch.name == "gemma3":
-        keys.update(_gemma3_keys(config, head_dim))
+    if arch.name == "phi3":
+        original = config.get("original_max_position_embeddings") or config["max_position_embeddings"]
+        keys.setdefault("rope.scaling.original_context_length", int(original))
+    if arch.name.startswith("gemma"):
+        keys.update(_gemma_keys(config, arch.name, head_dim))
+    else:
+        keys.update(_window_keys(config))
     return {f"{arch.name}.{key}": value for key, value in keys.items()}
 
 
-def rope_tensor(config: Mapping[str, Any]) -> Tensor | None:
-    """The tensor ``rope_freqs.weight`` of a model with Llama 3 scaling, else None."""
-    rope = _rope_parameters(config)
-    if rope.get("rope_type") != "llama3":
-        return None
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    return llama3_divisors(rope, int(head_dim))
-
-
-def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary parameters in one shape, whichever of Hugging Face's two spellings the model uses."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    if "full_attention" in rope:
-        rope = dict(rope["full_attention"])
-    rope.setdefault("rope_type", rope.pop("type", "default"))
-    rope.setdefault("rope_theta", config.get("rope_theta", 10_000.0))
-    return rope
-
-
-def _scaling_keys(rope: Mapping[str, Any]) -> dict[str, Any]:
-    kind = rope["rope_type"]
-    if kind in ("default", "llama3"):
-        return {}
-    if kind not in ("linear", "yarn"):
-        raise Refused(
-            f"rope scaling {kind!r} cannot be written as GGUF",
-            fix="GGUF works with default, linear, yarn and llama3 scaling",
+def unheard(config: Mapping[str, Any], arch: Architecture) -> tuple[str, ...]:
+    """What a plan says of numbers that a file holds and llama.cpp does not read from it."""
+    said = []
+    window = None if arch.name.startswith("gemma") else _window_keys(config).get("attention.sliding_window")
+    if window is not None and window < int(config["max_position_embeddings"]):
+        said.append(
+            f"llama.cpp attends to the whole context of a {config['model_type']} model; "
+            f"this one is made for a window of {window} tokens, and differs beyond it"
         )
-    keys = {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
-    if kind == "yarn":
-        keys["rope.scaling.original_context_length"] = int(rope["original_max_position_embeddings"])
-        keys.update({v: float(rope[k]) for k, v in _YARN.items() if rope.get(k) is not None})
+    betas = yarn_betas(config)
+    if betas != YARN_BETAS:
+        said.append(
+            "llama.cpp does not read YaRN's betas from a file: run it with "
+            f"--yarn-beta-fast {betas[0]:g} --yarn-beta-slow {betas[1]:g}"
+        )
+    return tuple(said)
+
+
+def _window_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    window = config.get("sliding_window")
+    if not window or not config.get("use_sliding_window", "max_window_layers" not in config):
+        return {}
+    blocks = int(config["num_hidden_layers"])
+    kinds = config.get("layer_types")
+    if kinds is None:
+        first = int(config.get("max_window_layers", 0))
+        kinds = [_LOCAL if i >= first else _FULL for i in range(blocks)]
+    if _LOCAL not in kinds:
+        return {}
+    keys: dict[str, Any] = {"attention.sliding_window": int(window)}
+    if _FULL in kinds:
+        keys[_PATTERN] = [int(kind == _LOCAL) for kind in kinds]
     return keys
 
 
-def _gemma3_keys(config: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
+def _gemma_keys(config: Mapping[str, Any], name: str, head_dim: int) -> dict[str, Any]:
     blocks = int(config["num_hidden_layers"])
-    kinds = config.get("layer_types") or _layer_types(
-        blocks, config.get("sliding_window_pattern") or _GEMMA_PATTERN
-    )
-    largest = blocks == _GEMMA_LARGEST
+    pattern = _GEMMA_PATTERN[name]
+    kinds = config.get("layer_types") or _layer_types(blocks, config.get("sliding_window_pattern") or pattern)
+    largest = blocks == _GEMMA_LARGEST[name]
     scale = config["hidden_size"] // config["num_attention_heads"] if largest else head_dim
-    if list(kinds) != _layer_types(blocks, _GEMMA_PATTERN):
+    if list(kinds) != _layer_types(blocks, pattern):
         raise Refused(
-            "llama.cpp's gemma3 has full attention in every sixth block; this model has it elsewhere"
+            f"llama.cpp's {name} has full attention in every block whose number divides by {pattern}; "
+            "this model has it elsewhere"
         )
-    if config.get("query_pre_attn_scalar", scale) != scale or config.get("attn_logit_softcapping"):
-        raise Refused("llama.cpp's gemma3 scales attention by its head's width; this model does otherwise")
-    ropes = config.get("rope_parameters") or {}
-    local = (ropes.get("sliding_attention") or {}).get(
-        "rope_theta", config.get("rope_local_base_freq", 10_000.0)
-    )
-    keys = {
-        "attention.sliding_window": int(config["sliding_window"]),
-        "rope.freq_base_swa": float(local),
-    }
-    if config.get("final_logit_softcapping"):
-        keys["final_logit_softcapping"] = float(config["final_logit_softcapping"])
+    if config.get("query_pre_attn_scalar", scale) != scale:
+        raise Refused(f"llama.cpp's {name} scales attention by its head's width; this model does otherwise")
+    on_scores, on_logits = (float(config.get(f"{x}_logit_softcapping") or 0) for x in ("attn", "final"))
+    keys: dict[str, Any] = {"attention.sliding_window": int(config["sliding_window"])}
+    if name == "gemma3":
+        if on_scores:
+            raise Refused("llama.cpp's gemma3 has no cap on attention; this model has")
+        ropes = config.get("rope_parameters") or {}
+        local = ropes.get(_LOCAL) or {}
+        base = local.get("rope_theta", config.get("rope_local_base_freq", 10_000.0))
+        keys["rope.freq_base_swa"] = float(base)
+    elif not on_scores or not on_logits:
+        raise Refused("llama.cpp's gemma2 caps attention and logits; this model does not")
+    else:
+        keys["attn_logit_softcapping"] = on_scores
+    if on_logits:
+        keys["final_logit_softcapping"] = on_logits
     return keys

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from bitmill.checkpoint.gguf import GgufFile, GgufTensor, scale_of
-from bitmill.checkpoint.gguf_arch import EXTRAS, architecture_of_file, restored
+from bitmill.checkpoint.gguf_arch import architecture_of_file, restored
 from bitmill.checkpoint.gguf_config import config_of
+from bitmill.checkpoint.gguf_rope import ROPE_TENSORS, head_width
 from bitmill.checkpoint.tokenizer_gguf import files_of
 from bitmill.core.axes import Checkpoint
 from bitmill.core.errors import BadFile
@@ -59,7 +60,7 @@ class GgufCheckpoint(Checkpoint):
             ours = self.arch.hf_name(name)
             if ours is not None:
                 records[ours] = tensor
-            elif name not in EXTRAS and name not in beside:
+            elif name not in ROPE_TENSORS and name not in beside:
                 raise BadFile(
                     f"tensor {name!r} is not one of architecture {self.arch.name!r}", where=str(self.path)
                 )
@@ -68,23 +69,29 @@ class GgufCheckpoint(Checkpoint):
     def _check_shapes(self) -> None:
         """Refuse shapes that contradict the keys before anybody reshapes by them."""
         c = self._config
-        hidden, middle = c["hidden_size"], c["intermediate_size"]
-        q, kv = c["num_attention_heads"] * c["head_dim"], c["num_key_value_heads"] * c["head_dim"]
+        hidden, middle, head = c["hidden_size"], c["intermediate_size"], head_width(c)
+        q, kv = c["num_attention_heads"] * head, c["num_key_value_heads"] * head
         block = {
             "input_layernorm": (hidden,),
             "post_attention_layernorm": (hidden,),
+            "pre_feedforward_layernorm": (hidden,),
+            "post_feedforward_layernorm": (hidden,),
             "self_attn.q_proj": (q, hidden),
             "self_attn.k_proj": (kv, hidden),
             "self_attn.v_proj": (kv, hidden),
+            "self_attn.qkv_proj": (q + 2 * kv, hidden),
+            "self_attn.q_norm": (head,),
+            "self_attn.k_norm": (head,),
             "self_attn.o_proj": (hidden, q),
             "mlp.gate_proj": (middle, hidden),
             "mlp.up_proj": (middle, hidden),
+            "mlp.gate_up_proj": (2 * middle, hidden),
             "mlp.down_proj": (hidden, middle),
         }
         self._check("model.norm", (hidden,))
         for layer in range(c["num_hidden_layers"]):
-            for path, shape in block.items():
-                self._check(f"model.layers.{layer}.{path}", shape)
+            for path in self.arch.block:
+                self._check(f"model.layers.{layer}.{path}", block[path])
 
     def _check(self, module: str, shape: tuple[int, ...]) -> None:
         found, bias = self._records.get(f"{module}.weight"), self._records.get(f"{module}.bias")
@@ -113,7 +120,7 @@ class GgufCheckpoint(Checkpoint):
             return cast(Quantized, self.stored(name)).dense()
         values = self.file.dense(self._record(name).name)
         if self.arch.is_permuted(name):
-            values = values[restored(values.shape[0], self._config["head_dim"])]
+            values = values[restored(values.shape[0], head_width(self._config))]
         offset = self.arch.offset(name)
         return values - offset if offset else values
 
@@ -136,7 +143,7 @@ class GgufCheckpoint(Checkpoint):
             codes = codes.reshape(record.shape)
         quantized = Quantized(grid, codes, params, record.shape)  # type: ignore[arg-type]
         if self.arch.is_permuted(name):
-            return quantized.rows(restored(record.shape[0], self._config["head_dim"]))
+            return quantized.rows(restored(record.shape[0], head_width(self._config)))
         return quantized
 
     def type_of(self, name: str) -> str:
@@ -162,7 +169,7 @@ class GgufCheckpoint(Checkpoint):
     @cached_property
     def extras(self) -> Mapping[str, Tensor]:
         """Tensors without a Hugging Face name, by llama.cpp's name."""
-        return {n: self.file.dense(n).to(torch.float32) for n in self.file.tensors if n in EXTRAS}
+        return {n: self.file.dense(n).to(torch.float32) for n in self.file.tensors if n in ROPE_TENSORS}
 
     @cached_property
     def _carried(self) -> Mapping[str, bytes]:

@@ -18,8 +18,9 @@ from bitmill.checkpoint.gguf_arch import (
     architecture_of_model,
     interleaved,
 )
-from bitmill.checkpoint.gguf_config import keys_of, rope_tensor
+from bitmill.checkpoint.gguf_config import keys_of
 from bitmill.checkpoint.gguf_model import GgufCheckpoint
+from bitmill.checkpoint.gguf_rope import rope_tensors
 from bitmill.checkpoint.gguf_write import Planned, encoded, head
 from bitmill.checkpoint.tokenizer import gguf_keys
 from bitmill.core.axes import Checkpoint, Container, Grid
@@ -223,8 +224,7 @@ def _check_scaled(rows: Sequence[Row], arch: Architecture) -> None:
 def _extras(source: Checkpoint) -> Mapping[str, torch.Tensor]:
     if isinstance(source, GgufCheckpoint):
         return source.extras
-    found = rope_tensor(source.config)
-    return {} if found is None else {"rope_freqs.weight": found}
+    return rope_tensors(source.config)
 
 
 def _model_keys(source: Checkpoint, arch: Architecture) -> dict[str, bytes]:
