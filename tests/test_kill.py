@@ -21,6 +21,7 @@ CONTEXT.set_forkserver_preload(["bitmill.mill", "transformers", "tests.tiny"])
 RECIPES = {
     "file.gguf": "gptq : q4_0, embed=q8_0 > gguf",
     "folder": "gptq : int4-g32-asym > compressed-tensors",
+    "parts": "gptq : q4_0, embed=q8_0, split-max-tensors=5 > gguf",
 }
 
 

@@ -40,7 +40,7 @@ def write(container: Container, model: Checkpoint, rows: Sequence[Row], folder: 
     """Realise the container's file images under ``folder / "out"``; every slot is written exactly once."""
     images = container.files(rows, model, {"recipe": "a : b > c"})
     out = folder / "out"
-    if not container.single_file:
+    if images[0].path:
         out.mkdir(parents=True)
     content = {image.path: bytearray(image.bytes_) for image in images}
     places = {slot.name: (image.path, slot) for image in images for slot in image.slots}

@@ -93,7 +93,7 @@ def quantize(
     tokens = calibration.tokens
     sha256 = tokens_sha256(tokens) if tokens.numel() else calibration.facts.get("sha256", "")
     identity = {**made.identity(), "calibration": sha256, "device": device}
-    space = Workspace(out, made.files, made.container.single_file, boundary)
+    space = Workspace(out, made.files, not made.files[0].path, boundary)
     finished = _already_there(out, space, identity, force)
     if finished is not None:
         return finished

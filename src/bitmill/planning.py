@@ -207,7 +207,7 @@ def plan(
         Refused: with what, where, why, and what would work.
     """
     family = describe(checkpoint.config)
-    container: Container = registry.member("containers", recipe.container)()
+    container = recipe.make_container()
     solver = recipe.make_solver()
     transforms = recipe.make_transforms()
     needs = max((solver.needs, *(t.needs for t in transforms)), key=["nothing", "diagonal", "gram"].index)
@@ -235,6 +235,8 @@ def plan(
     _refuse_rows(recipe, rows, container, solver, strict)
     provenance = {"recipe": str(recipe), "source": checkpoint.digest, "version": version("bitmill")}
     files = container.files(rows, checkpoint, provenance)
+    if out is not None and files[0].path and out.suffix == ".gguf":
+        raise Refused("this output is a folder", where=str(out), fix=f"-o {out.with_suffix('')}")
     if out is not None:
         _refuse_folder(out, total_bytes(files))
     calibration = (nsamples, seqlen) if needs != "nothing" else (0, 0)

@@ -18,12 +18,13 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from bitmill.allocation.mixture import Mixture
 from bitmill.core import registry
-from bitmill.core.axes import Solver, Transform
+from bitmill.core.axes import Container, Solver, Transform
 from bitmill.core.errors import BadRecipe
+from bitmill.core.types import Split
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -36,6 +37,8 @@ ROLES = ("embed", "head", "q", "k", "v", "o", "gate", "up", "down", "router", "l
 """Roles that an option may name: ``embed=q8_0`` on another grid, ``keep=v+down`` left dense."""
 
 DTYPES = ("f32", "f16", "bf16")
+
+_SPLITS = ("split-max-size", "split-max-tensors")
 
 KNOWN: Mapping[str, str] = {
     **{name.lower(): f"nearest : {name} > gguf" for name in Mixture.names()},
@@ -113,9 +116,11 @@ class Recipe:
         tensors: types for tensors by llama.cpp's names, ``(("blk.0.ffn_", "q8_0"), …)``: regular
         expressions, searched in this order; the first that is found decides, after ``roles``.
         pure: whether a mixture gives every tensor its default type, embedding and head too.
+        split_max_size, split_max_tensors: the most that a part of a GGUF output may hold, in bytes and in
+        tensors; 0 is no limit, and without any limit the output is one file.
 
     Raises:
-        BadRecipe: ``tensors`` or ``pure`` without a mixture and GGUF.
+        BadRecipe: ``tensors`` or ``pure`` without a mixture and GGUF; parts without GGUF.
     """
 
     transforms: tuple[Call, ...]
@@ -128,6 +133,8 @@ class Recipe:
     dtype: str | None = None
     tensors: tuple[tuple[str, str], ...] = ()
     pure: bool = False
+    split_max_size: int = 0
+    split_max_tensors: int = 0
 
     def __post_init__(self) -> None:
         said = [f"/{pattern}/={kind}" for pattern, kind in self.tensors] + ["pure"] * self.pure
@@ -138,6 +145,9 @@ class Recipe:
                 fix="name a mixture, for example Q4_K_S; on other grids say ROLE=GRID",
             )
 
+        if self.container != "gguf" and (self.split_max_size or self.split_max_tensors):
+            raise BadRecipe("only GGUF outputs are split", where=self.container.replace("_", "-"))
+
     def __str__(self) -> str:
         axes = " + ".join(str(c) for c in (*self.transforms, self.solver))
         options = [f"{role}={grid}" for role, grid in self.roles]
@@ -146,6 +156,8 @@ class Recipe:
         options += [f"keep={'+'.join(self.keep)}"] if self.keep else []
         options += [f"fallback={self.fallback}"] if self.fallback else []
         options += [f"dtype={self.dtype}"] if self.dtype else []
+        options += [f"split-max-size={self.split_max_size}"] if self.split_max_size else []
+        options += [f"split-max-tensors={self.split_max_tensors}"] if self.split_max_tensors else []
         return f"{axes} : {', '.join([self.grid, *options])} > {self.container.replace('_', '-')}"
 
     @property
@@ -156,6 +168,13 @@ class Recipe:
     def make_solver(self) -> Solver:
         """The solver, with its options."""
         return make("solvers", self.solver)
+
+    def make_container(self) -> Container:
+        """The container, with its options."""
+        cls = registry.member("containers", self.container)
+        if self.split_max_size or self.split_max_tensors:
+            return cast(Container, cls(Split(self.split_max_size, self.split_max_tensors)))
+        return cast(Container, cls())
 
     def make_transforms(self) -> tuple[Transform, ...]:
         """The transforms, with their options."""
@@ -205,6 +224,18 @@ def tensor_type(pattern: str, kind: str) -> tuple[str, str]:
             f"{kind} is a mixture, and one tensor has one type", where=where, fix="for example q4_k or q6_k"
         )
     return pattern, str(grid or registry.parse_grid(kind))
+
+
+def size_of(text: str) -> int:
+    """Bytes of ``500M``, ``2G`` or a plain number; units are decimal, as in ``llama-gguf-split``.
+
+    Raises:
+        BadRecipe: it is none of these.
+    """
+    found = re.fullmatch(r"0*([1-9]\d{0,17})([kmg]?)b?", text.strip().lower())
+    if found is None:
+        raise BadRecipe(f"{text!r} is no size", fix="for example 500M or 2G")
+    return int(found[1]) * 1000 ** ("kmg".index(found[2]) + 1 if found[2] else 0)
 
 
 def _parse_line(text: str, known: Mapping[str, str]) -> Recipe:
@@ -259,11 +290,17 @@ def _fields(options: list[str], patterns: list[str]) -> dict[str, Any]:
             if value not in DTYPES:
                 raise BadRecipe(f"dtype={value!r}", fix=f"one of {', '.join(DTYPES)}")
             fields["dtype"] = value
+        elif key == "split-max-size":
+            fields["split_max_size"] = size_of(value)
+        elif key == "split-max-tensors":
+            if not value.isdecimal() or int(value) == 0:
+                raise BadRecipe(f"{key}={value!r} is no number of tensors", fix="for example 128")
+            fields["split_max_tensors"] = int(value)
         else:
             raise BadRecipe(
                 f"unknown option {key!r}",
                 where=option,
-                fix=_closest(key, [*ROLES, "keep", "fallback", "dtype", "pure"]),
+                fix=_closest(key, [*ROLES, "keep", "fallback", "dtype", "pure", *_SPLITS]),
             )
     return {**fields, "roles": tuple(roles), "tensors": tuple(tensors)}
 
@@ -271,8 +308,8 @@ def _fields(options: list[str], patterns: list[str]) -> dict[str, Any]:
 def from_toml(path: Path) -> Recipe:
     """A recipe from a file.
 
-    It holds ``recipe = "…"``, or the keys ``transforms solver grid container keep fallback dtype pure`` and
-    the tables ``[roles]`` and ``[tensors]``. Unknown keys are errors.
+    It holds ``recipe = "…"``, or the keys ``transforms solver grid container keep fallback dtype pure
+    split-max-size split-max-tensors`` and the tables ``[roles]`` and ``[tensors]``. Unknown keys are errors.
 
     Raises:
         BadRecipe: the file does not exist, does not parse, or holds an unknown key.
@@ -284,7 +321,7 @@ def from_toml(path: Path) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadRecipe(f"not a TOML file: {error}", where=str(path)) from error
     allowed = ["recipe", "transforms", "solver", "grid", "container", "keep", "fallback", "dtype", "pure"]
-    allowed += ["roles", "tensors"]
+    allowed += ["roles", "tensors", *_SPLITS]
     for key in table:
         if key not in allowed:
             raise BadRecipe(f"unknown key {key!r}", where=str(path), fix=_closest(key, allowed))
@@ -304,7 +341,7 @@ def from_toml(path: Path) -> Recipe:
     options += ["pure"] if table.get("pure", False) else []
     keep = table.get("keep", [])
     options += [f"keep={'+'.join(keep if isinstance(keep, list) else [keep])}"] if keep else []
-    options += [f"{key}={table[key]}" for key in ("fallback", "dtype") if key in table]
+    options += [f"{key}={table[key]}" for key in ("fallback", "dtype", *_SPLITS) if key in table]
     container = f" > {table['container']}" if "container" in table else ""
     return parse(f"{axes} : {', '.join([str(table['grid']), *options])}{container}")
 

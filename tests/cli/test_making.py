@@ -101,6 +101,19 @@ def test_types_of_single_tensors(command: Command, tiny_llama: Path, tmp_path: P
     assert file.tensors["blk.1.ffn_up.weight"].type.name == "Q8_0"
 
 
+def test_parts_of_an_output(command: Command, tiny_llama: Path, tmp_path: Path) -> None:
+    words = (tiny_llama, "q8_0", "--split-max-size", "200K", "--split-max-tensors", "9")
+    said = command("plan", *words, "--json").json
+    assert len(said["files"]) > 2 and "split-max-size=200000, split-max-tensors=9" in said["recipe"]
+    made = command("quantize", *words, "-o", tmp_path / "out", "--json").json
+    assert made["measurement"]["bytes"] == sum(f["bytes"] for f in said["files"])
+    found = {p.name: p.stat().st_size for p in (tmp_path / "out").glob("*.gguf")}
+    assert found == {f["path"]: f["bytes"] for f in said["files"]}
+    refused = command("plan", *words, "-o", tmp_path / "out.gguf")
+    assert refused.code == 2 and "folder" in refused.err
+    assert command("plan", tiny_llama, "q8_0", "--split-max-size", "2X").code == 2
+
+
 def test_pure_and_the_type_of_the_head(command: Command, tiny_llama: Path) -> None:
     """The embedding is also the head: it takes the head's type, unless the mixture is pure."""
     head = ("--output-tensor-type", "q5_1")

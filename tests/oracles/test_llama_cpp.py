@@ -26,6 +26,7 @@ from bitmill.grids.ggml_floats import GgmlFloat
 from bitmill.grids.iquant import IQuant
 from bitmill.grids.kquant import KQuant
 from bitmill.grids.nonlinear import Nonlinear
+from bitmill.mill import quantize
 from tests.test_gguf import EXTRA, LLAMA3, SCALED, carried_model, embedded, logits, make_scaled, write
 from tests.test_tokenizer import byte_level, sentencepiece
 from tests.tiny import CONFIGS, make_model, tokens
@@ -141,6 +142,17 @@ def test_the_scale_beside_nvfp4(family: str, tmp_path: Path) -> None:
     ids = tokens(1, 96)[0].tolist()
     ours, other_ = logits(back, torch.tensor([ids]))[0], theirs(model, ids)
     assert float((ours - other_).norm() / ours.norm()) < 0.08
+
+
+def test_parts(tmp_path: Path) -> None:
+    """llama.cpp opens the first part and finds the others."""
+    source = SafetensorsFolder(make_model(tmp_path / "model", rope_parameters=LLAMA3))
+    quantize(source, "f32, split-max-size=200K > gguf", tmp_path / "out")
+    parts = sorted((tmp_path / "out").glob("*.gguf"))
+    assert len(parts) > 2
+    ids = tokens(1, 96)[0].tolist()
+    ours, other = logits(source, torch.tensor([ids]))[0], theirs(opened(parts[0]), ids)
+    assert float((ours - other).abs().max()) < 5e-3 * float(ours.abs().max())
 
 
 @pytest.mark.parametrize("name", ["gpt-2", "smollm", "llama-bpe", "qwen2", "tekken", "prefix", "no prefix"])

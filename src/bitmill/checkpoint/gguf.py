@@ -158,7 +158,7 @@ class GgufFile:
     """
 
     def __init__(self, path: Path) -> None:
-        paths = _part_paths(Path(path))
+        paths = _part_paths(_first_part(Path(path)))
         self.path = paths[0]
         self._parts = tuple(_parse(p, index) for index, p in enumerate(paths))
         first = self._parts[0]
@@ -172,6 +172,12 @@ class GgufFile:
         count = len(self._parts)
         for index, part in enumerate(self._parts):
             said = part.keys.get("split.count", 0), part.keys.get("split.no", 0)
+            if count == 1 and said not in ((0, 0), (1, 0)):
+                raise BadFile(
+                    f"this is part {said[1]} of {said[0]}, counted from 0, and not named so",
+                    where=str(part.path),
+                    fix="give it its name back, <stem>-00001-of-0000N.gguf, and put all parts in one folder",
+                )
             if count > 1 and said != (count, index):
                 raise BadFile(
                     f"this part says it is number {said[1]} of {said[0]}; its name says {index} of {count}",
@@ -242,6 +248,22 @@ class GgufFile:
                 for at in (t.offset, t.offset + t.bytes_ // 2, max(t.offset, last - 4096)):
                     found.update(part.data[at : min(at + 4096, last)])
         return found.hexdigest()
+
+
+def first_parts(folder: Path) -> list[Path]:
+    """The files of a folder that are, by name, the first of several."""
+    return sorted(p for p in folder.glob("*-00001-of-?????.gguf") if _SPLIT.match(p.name))
+
+
+def _first_part(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    found = first_parts(path)
+    if len(found) != 1:
+        raise BadFile(
+            f"{len(found)} models in parts are in this folder", where=str(path), fix="name a part of one"
+        )
+    return found[0]
 
 
 def _part_paths(path: Path) -> list[Path]:

@@ -91,6 +91,20 @@ Pure = Annotated[
     bool,
     typer.Option("--pure", help="With a mixture: its default type for every tensor, embedding and head too."),
 ]
+SplitSize = Annotated[
+    str | None,
+    typer.Option(
+        "--split-max-size", metavar="SIZE",
+        help="GGUF: parts of at most this size, 500M or 2G, in a folder.", show_default=False,
+    ),
+]  # fmt: skip
+SplitTensors = Annotated[
+    int | None,
+    typer.Option(
+        "--split-max-tensors", min=1,
+        help="GGUF: parts of at most this many tensors, in a folder.", show_default=False,
+    ),
+]  # fmt: skip
 Bits = Annotated[
     int | None,
     typer.Option(

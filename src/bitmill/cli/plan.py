@@ -27,6 +27,8 @@ from bitmill.cli.options import (
     Recipe,
     Revision,
     Samples,
+    SplitSize,
+    SplitTensors,
     Strict,
     TensorType,
 )
@@ -52,6 +54,8 @@ def plan(
     output_tensor_type: OutputType = None,
     token_embedding_type: EmbeddingType = None,
     pure: Pure = False,
+    split_max_size: SplitSize = None,
+    split_max_tensors: SplitTensors = None,
     imatrix: ImatrixFiles = None,
     imatrix_missing: ImatrixMissing = "plain",
     revision: Revision = None,
@@ -72,7 +76,9 @@ def plan(
     from bitmill.source import open_source
 
     source = open_source(model, revision=revision)
-    types = Types(tensor_type or (), output_tensor_type, token_embedding_type, pure)
+    types = Types(
+        tensor_type or (), output_tensor_type, token_embedding_type, pure, split_max_size, split_max_tensors
+    )
     made = make_plan(
         wanted(recipe, keep or [], bits, group_size, types),
         source,

@@ -35,6 +35,8 @@ from bitmill.cli.options import (
     Samples,
     SaveMoments,
     Seed,
+    SplitSize,
+    SplitTensors,
     Strict,
     TensorType,
     Text,
@@ -67,6 +69,8 @@ def quantize(
     output_tensor_type: OutputType = None,
     token_embedding_type: EmbeddingType = None,
     pure: Pure = False,
+    split_max_size: SplitSize = None,
+    split_max_tensors: SplitTensors = None,
     strict: Strict = False,
     force: Force = False,
     resume: Resume = True,
@@ -93,7 +97,9 @@ def quantize(
     from bitmill.planning import plan as make_plan
     from bitmill.source import open_source
 
-    types = Types(tensor_type or (), output_tensor_type, token_embedding_type, pure)
+    types = Types(
+        tensor_type or (), output_tensor_type, token_embedding_type, pure, split_max_size, split_max_tensors
+    )
     recipe_ = wanted(recipe, keep or [], bits, group_size, types)
     if out is None and not dry_run:
         raise Refused("no output is named", fix="add -o, for example: -o out.gguf")

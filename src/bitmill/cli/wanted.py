@@ -28,18 +28,21 @@ MODULES = {
 
 @dataclass(frozen=True)
 class Types:
-    """What ``llama-quantize`` lets one say about single tensors.
+    """What llama.cpp's tools let one say about single tensors, and about parts of the output.
 
     Attributes:
         tensors: ``REGEX=TYPE``, in the order of the command line.
         output, embedding: types of the head and of the embedding.
         pure: one type for all.
+        split_size, split_tensors: the most that a part of the output may hold.
     """
 
     tensors: Sequence[str] = ()
     output: str | None = None
     embedding: str | None = None
     pure: bool = False
+    split_size: str | None = None
+    split_tensors: int | None = None
 
 
 def wanted(
@@ -79,7 +82,7 @@ def wanted(
 
 def _typed(recipe: Recipe, types: Types) -> Recipe:
     from bitmill.core.registry import parse_grid
-    from bitmill.recipe import tensor_type
+    from bitmill.recipe import size_of, tensor_type
 
     said = {"embed": types.embedding, "head": types.output}
     roles = {role: str(parse_grid(grid)) for role, grid in said.items() if grid is not None}
@@ -97,8 +100,11 @@ def _typed(recipe: Recipe, types: Types) -> Recipe:
                 f"--tensor-type {word!r} names no type", fix="write REGEX=TYPE, e.g. ffn_down=q6_k"
             )
         tensors.append(tensor_type(pattern, kind))
+    size = None if types.split_size is None else size_of(types.split_size)
     return replace(
         recipe,
+        split_max_size=size or recipe.split_max_size,
+        split_max_tensors=types.split_tensors or recipe.split_max_tensors,
         roles=tuple({**dict(recipe.roles), **roles}.items()),
         tensors=(*tensors, *recipe.tensors),
         pure=recipe.pure or types.pure,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import ClassVar, final
 
 import torch
 
-from bitmill.checkpoint.gguf import MAGIC, scale_of
+from bitmill.checkpoint.gguf import MAGIC, first_parts, scale_of
 from bitmill.checkpoint.gguf_arch import (
     Architecture,
     architecture_of_model,
@@ -21,11 +22,11 @@ from bitmill.checkpoint.gguf_arch import (
 from bitmill.checkpoint.gguf_config import keys_of
 from bitmill.checkpoint.gguf_model import GgufCheckpoint
 from bitmill.checkpoint.gguf_rope import rope_tensors
-from bitmill.checkpoint.gguf_write import Planned, encoded, head
+from bitmill.checkpoint.gguf_write import Planned, divided, encoded, head
 from bitmill.checkpoint.tokenizer import gguf_keys
 from bitmill.core.axes import Checkpoint, Container, Grid
 from bitmill.core.errors import Refused
-from bitmill.core.types import FileImage, Quantized, Row, Slot
+from bitmill.core.types import FileImage, Quantized, Row, Slot, Split
 from bitmill.families.base import head_dim
 from bitmill.numerics import blocks
 
@@ -104,12 +105,21 @@ _QUANTIZATION_VERSION = 2
 @final
 @dataclass(frozen=True)
 class Gguf(Container):
-    """One file with everything in it: weights in ggml's block types, numbers, tokenizer, chat template."""
+    """One file with everything in it: weights in ggml's block types, numbers, tokenizer, chat template.
+
+    Or a folder of parts, of which the first holds all but weights.
+
+    Attributes:
+        split: the most that a part may hold; None for one file.
+    """
 
     single_file: ClassVar[bool] = True
+    split: Split | None = None
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
+        if path.is_dir():
+            return not (path / "config.json").exists() and len(first_parts(path)) == 1
         if not path.is_file():
             return False
         with path.open("rb") as file:
@@ -142,7 +152,7 @@ class Gguf(Container):
     def files(
         self, rows: Sequence[Row], source: Checkpoint, notes: Mapping[str, str]
     ) -> tuple[FileImage, ...]:
-        """One image with an empty path.
+        """One image with an empty path, or one a part.
 
         Tensors that llama.cpp derives from the configuration come first; their bytes are part of the head.
 
@@ -158,11 +168,12 @@ class Gguf(Container):
         first = [Planned(n, tuple(t.shape), blocks.TYPES["f32"].id, t.nbytes) for n, t in extras.items()]
         keys = {**_model_keys(source, arch), **_quantization_keys(rows)}
         keys.update({f"bitmill.{name}": encoded(text) for name, text in notes.items()})
-        header, offsets, size = head(keys, [*first, *planned])
-        for name, tensor in extras.items():
-            header = header.ljust(offsets[name], b"\0") + tensor.contiguous().numpy().tobytes()
-        slots = tuple(Slot(p.name, offsets[p.name], p.bytes_) for p in planned)
-        return (FileImage("", header, slots, size),)
+        if self.split is None:
+            return (_image("", keys, [*first, *planned], extras),)
+        parts = divided(keys, [*first, *planned], self.split)
+        stem = _stem(source) or arch.name
+        paths = [f"{stem}-{no:05d}-of-{len(parts):05d}.gguf" for no in range(1, len(parts) + 1)]
+        return tuple(_image(path, *part, extras) for path, part in zip(paths, parts, strict=True))
 
     def pack(self, row: Row, quantized: Quantized, source: Checkpoint) -> Mapping[str, bytes]:
         arch = _architecture(source)
@@ -179,6 +190,16 @@ class Gguf(Container):
             gain = quantized.params["gain"].to("cpu", torch.float32)
             packed[scale_of(name)] = (1 / gain).numpy().tobytes()
         return packed
+
+
+def _image(
+    path: str, keys: Mapping[str, bytes], tensors: Sequence[Planned], extras: Mapping[str, torch.Tensor]
+) -> FileImage:
+    header, offsets, size = head(keys, tensors)
+    for name in (t.name for t in tensors if t.name in extras):
+        header = header.ljust(offsets[name], b"\0") + extras[name].contiguous().numpy().tobytes()
+    slots = tuple(Slot(t.name, offsets[t.name], t.bytes_) for t in tensors if t.name not in extras)
+    return FileImage(path, header, slots, size)
 
 
 def _architecture(source: Checkpoint) -> Architecture:
@@ -249,6 +270,12 @@ def _model_name(source: Checkpoint) -> str:
     folder = source.path.parent.parent if source.path.parent.name == "snapshots" else source.path
     named = str(source.config.get("_name_or_path") or folder.name)
     return named.rstrip("/").rsplit("/", 1)[-1].rsplit("--", 1)[-1]
+
+
+def _stem(source: Checkpoint) -> str:
+    """The model's name as a part of a file's."""
+    named = source.metadata.get("general.name") if isinstance(source, GgufCheckpoint) else None
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", str(named or _model_name(source)))[:96].strip("-.")
 
 
 def _size_label(weights: int) -> str:

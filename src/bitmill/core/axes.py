@@ -312,10 +312,10 @@ class Checkpoint(ABC):
 
 
 class Container(ABC):
-    """How bytes are laid out for somebody's runtime; members are frozen dataclasses without fields."""
+    """How bytes are laid out for somebody's runtime; members are frozen dataclasses."""
 
     single_file: ClassVar[bool]
-    """Whether the output is one file (``gguf``) or a folder."""
+    """Whether the output is one file (``gguf``, unless it is asked to be in parts) or a folder."""
 
     @classmethod
     @abstractmethod
@@ -343,7 +343,8 @@ class Container(ABC):
     def files(
         self, rows: Sequence[Row], source: Checkpoint, notes: Mapping[str, str]
     ) -> tuple[FileImage, ...]:
-        """Every output file to the byte: headers, slots, sizes. ``notes`` is provenance to record."""
+        """Every output file to the byte: headers, slots, sizes. ``notes`` is provenance to record.
+        An empty path is an output that is one file; else it is a folder."""
 
     @abstractmethod
     def pack(self, row: Row, quantized: Quantized, source: Checkpoint) -> Mapping[str, bytes]:

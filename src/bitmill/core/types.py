@@ -167,6 +167,19 @@ class FileImage:
 
 
 @dataclass(frozen=True)
+class Split:
+    """The most that one file of an output may hold; 0 is no limit.
+
+    Attributes:
+        bytes_: of the whole file.
+        tensors: of them.
+    """
+
+    bytes_: int = 0
+    tensors: int = 0
+
+
+@dataclass(frozen=True)
 class Row:
     """One line of a plan: what happens to one source tensor.
 
