@@ -86,6 +86,24 @@ class Grid(ABC):
         """``fit`` and ``encode`` in one search. Members whose search fixes codes that ``encode`` alone
         could not reproduce (a K-quant sub-block with scale 0) do it here; the others compose the two."""
 
+    @abstractmethod
+    def scales(self) -> tuple[str, ...]:
+        """Parameters in which values are linear while all else is fixed: ``out blocks`` in even runs of
+        columns (or fewer rows, where rows share them). Finer ones first; empty where there are none that can move."""
+
+    @abstractmethod
+    def stored_scale(self, name: str, values: Tensor) -> Tensor:
+        """The values nearest to ``values`` (float32) that the parameter ``name``, one of :meth:`scales`, can
+        be stored with; float32."""
+
+
+class VectorGrid(Grid):
+    """A grid of vectors whose nearest one can be asked for in a metric of one's own."""
+
+    @abstractmethod
+    def encode_weighted(self, w: Tensor, params: Params, at: int, weights: Tensor) -> Tensor:
+        """As :meth:`encode`, with a weight for the squared error of each column (``columns``)."""
+
 
 class ScalarGrid(Grid):
     """A grid of scalars with a step: what clip search, learned rounding and training need."""

@@ -72,6 +72,12 @@ class Dense(Grid):
     def decode(self, codes: Tensor, params: Params, at: int = 0) -> Tensor:
         return codes.to(torch.float32)
 
+    def scales(self) -> tuple[str, ...]:
+        return ()
+
+    def stored_scale(self, name: str, values: Tensor) -> Tensor:
+        raise ValueError(f"{self} has no scale {name!r}")
+
     def round(self, w: Tensor, importance: Tensor | None = None) -> Quantized:
         shape = (w.shape[0], w.shape[1]) if w.dim() == 2 else tuple(w.shape)
         return Quantized(self, self.encode(w, {}), {}, shape)  # type: ignore[arg-type]

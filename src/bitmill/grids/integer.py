@@ -150,6 +150,14 @@ class Integer(AffineGrid):
         blocks, scale, zero = self._blockwise(codes.to(torch.float32), params, at)
         return (blocks - zero).mul_(scale).reshape(codes.shape)
 
+    def scales(self) -> tuple[str, ...]:
+        return ("scale",) if self.zero == "sym" else ("zero", "scale")
+
+    def stored_scale(self, name: str, values: Tensor) -> Tensor:
+        if name == "zero" and self.zero == "asym":
+            return values.round().clamp(self.zero_floor, 2**self.bits - 1)
+        return stored(values, _SCALES[self.scale])
+
     def round(self, w: Tensor, importance: Tensor | None = None) -> Quantized:
         params = self.fit(w, importance)
         return Quantized(self, self.encode(w, params), params, (w.shape[0], w.shape[1]))

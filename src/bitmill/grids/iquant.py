@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitmill.core.axes import Grid
+from bitmill.core.axes import VectorGrid
 from bitmill.core.types import Params, Quantized
 from bitmill.numerics import ggml_thirds as thirds
 from bitmill.numerics import ggml_vectors as vectors
 from bitmill.numerics.blocks import TYPES
 from bitmill.numerics.codebook_nearest import EVEN, FREE, NONE, nearest_points
 from bitmill.numerics.ggml_codebooks import codebook
-from bitmill.numerics.ggml_rows import blocks_of, check, in_threads, mean_squares, stored
+from bitmill.numerics.ggml_rows import blocks_of, check, half, in_threads, mean_squares, stored
 from bitmill.numerics.iquant_layout import parity
 
 
@@ -57,7 +57,7 @@ _INDEX_BITS = {8: 10, 4: 18}  # where the signs begin, by the width of a point
 
 @final
 @dataclass(frozen=True)
-class IQuant(Grid):
+class IQuant(VectorGrid):
     """One of llama.cpp's codebook types.
 
     Codes are int32 ``out in/8``: for ``iq2_*`` the index of a point and from bit 10 eight signs; for
@@ -115,15 +115,18 @@ class IQuant(Grid):
 
     def encode(self, w: Tensor, params: Params, at: int = 0) -> Tensor:
         """``at`` and the width of ``w`` are multiples of 8. Where a scale is 0 the code is 0."""
+        return self.encode_weighted(w, params, at, w.new_ones(w.shape[1]))
+
+    def encode_weighted(self, w: Tensor, params: Params, at: int, weights: Tensor) -> Tensor:
         groups, device = w.shape[1] // 8, w.device
-        x, step = blocks_of(w, 8), _flat(self._steps(params, at, groups))
+        x, step, u = blocks_of(w, 8), _flat(self._steps(params, at, groups)), blocks_of(weights, 8)
         if self.type == "iq1_m":  # the shift is each group's own
-            up, down = (self._shifted(x, step, np.full(len(x), k, np.float32)) for k in (0, 1))
+            up, down = (self._shifted(x, step, u, np.full(len(x), k, np.float32)) for k in (0, 1))
             codes = np.where(down[1] < up[1], down[0] | 1 << 11, up[0])
         elif self.type == "iq1_s":
-            codes, _ = self._shifted(x, step, _flat(params["down"][:, _serving(at, groups, 32)]))
+            codes, _ = self._shifted(x, step, u, _flat(params["down"][:, _serving(at, groups, 32)]))
         else:
-            first, second, minus = self._nearest(x, step, np.zeros(len(x), np.float32))
+            first, second, minus = self._nearest(x, step, u, np.zeros(len(x), np.float32))
             codes = first | second << 9 | minus << _INDEX_BITS[codebook(self.type).width]
         return torch.from_numpy(codes.astype(np.int32).reshape(w.shape[0], groups)).to(device)
 
@@ -161,6 +164,13 @@ class IQuant(Grid):
         on_grid = torch.from_numpy(codes.astype(np.int32).reshape(out, -1)).to(w.device)
         return Quantized(self, on_grid, shaped, (w.shape[0], w.shape[1]))
 
+    def scales(self) -> tuple[str, ...]:
+        return ("scales", "d")
+
+    def stored_scale(self, name: str, values: Tensor) -> Tensor:
+        top = 7 if self._kind.signs == NONE else 15
+        return half(values) if name == "d" else values.round().clamp(0, top)
+
     @property
     def _kind(self) -> _Kind:
         return _KINDS[self.type]
@@ -171,19 +181,24 @@ class IQuant(Grid):
         scale = scale[:, _serving(at, groups, self._kind.run)]
         return d * (2 * scale + 1)
 
-    def _shifted(self, x: np.ndarray, step: np.ndarray, down: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Codes of the nearest points of levels that are shifted, and their squared errors."""
+    def _shifted(
+        self, x: np.ndarray, step: np.ndarray, u: np.ndarray, down: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Codes of the nearest points of levels that are shifted, and their weighted squared errors."""
         book, shift = codebook(self.type), np.float32(thirds.SHIFT) * (1 - 2 * down)
-        code, _, _ = self._nearest(x, step, shift)
+        code, _, _ = self._nearest(x, step, u, shift)
         reached = step[:, None] * (book.values[book.points[code]] + shift[:, None])
-        return code, np.square(reached - x).sum(1)
+        return code, (np.square(reached - x).reshape(-1, *u.shape) * u).sum(-1).reshape(-1)
 
-    def _nearest(self, x: np.ndarray, step: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Indices of the points (of the second halves' points too) and signs."""
+    def _nearest(
+        self, x: np.ndarray, step: np.ndarray, u: np.ndarray, shift: np.ndarray
+    ) -> tuple[np.ndarray, ...]:
+        """Indices of the points (of the second halves' points too) and signs; rows of ``u`` repeat."""
         halves, points = _halves(self.type)
         found = tuple(np.empty(len(x), np.int64) for _ in range(3))
         values, signs = codebook(self.type).values, self._kind.signs
-        in_threads(nearest_points, len(x), x, step, shift, values, halves, points, signs, *found)
+        kernel = (x, step, u, shift, values, halves, points, signs, *found)
+        in_threads(nearest_points, len(x), *kernel, grain=1 << 11)
         return found
 
     def _vectors(self, x: np.ndarray, told: np.ndarray | None) -> tuple[np.ndarray, dict[str, np.ndarray]]:

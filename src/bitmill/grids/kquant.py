@@ -40,6 +40,8 @@ _TOP = {
 }
 _RUN = {"q2_k": 16, "q3_k": 16, "q4_k": 32, "q5_k": 32, "q6_k": 16}  # weights of a sub-block
 _TERNARY = ("tq1_0", "tq2_0")
+_SIGNED = {"q3_k": (-32, 31), "q6_k": (-128, 127)}  # ranges of their scales
+_RANGED = ("q4_1", "q5_1")
 _RANGED_K = ("q2_k", "q4_k", "q5_k")  # scales and mins; the other two are symmetric
 
 
@@ -135,6 +137,19 @@ class KQuant(AffineGrid):
         on_grid = torch.from_numpy(codes.reshape(out, columns)).to(w.device)
         return Quantized(self, on_grid, shaped, (out, columns))
 
+    def scales(self) -> tuple[str, ...]:
+        if self.type in _RANGED_K:
+            return ("scales", "mins", "d", "dmin")
+        if self.type in _RANGED:
+            return ("d", "m")
+        return ("scales", "d") if self.type in _SIGNED else ("d",)
+
+    def stored_scale(self, name: str, values: Tensor) -> Tensor:
+        if name in ("d", "m", "dmin"):
+            return half(values)
+        low, high = _SIGNED.get(self.type, (0, 15 if self.type == "q2_k" else 63))
+        return values.round().clamp(low, high)
+
     def step(self, params: Params, at: int, columns: int) -> Tensor:
         step, _ = _affine(self.type, params, at, columns)
         return step.abs().expand(-1, columns)
@@ -150,7 +165,7 @@ class KQuant(AffineGrid):
         base = step.new_zeros(1, 1)
         if run is not None and self.type in _RANGED_K:
             base = -(of("dmin", 256) * of("mins", run))
-        elif self.type in ("q4_1", "q5_1"):
+        elif self.type in _RANGED:
             base = of("m", 32)
         half = 127 if self.type == "q8_0" else _HALF.get(self.type, 0)
         high = 127 if self.type == "q8_0" else _TOP[self.type] - half
@@ -158,7 +173,7 @@ class KQuant(AffineGrid):
 
     def with_zero(self, params: Params, zero: Tensor) -> Params | None:
         """The minimum of ``q4_1`` and ``q5_1`` is free; those of K-quants are multiples of another's."""
-        return {**params, "m": half(-params["d"] * zero)} if self.type in ("q4_1", "q5_1") else None
+        return {**params, "m": half(-params["d"] * zero)} if self.type in _RANGED else None
 
     def scaled(self, params: Params, factor: Tensor) -> Params:
         return {name: half(p * factor) if name in ("d", "m", "dmin") else p for name, p in params.items()}

@@ -98,6 +98,12 @@ class Lattice(Grid):
     def decode(self, codes: Tensor, params: Params, at: int = 0) -> Tensor:
         return e8.decode(codes).reshape(codes.shape[0], -1) * params["scale"]
 
+    def scales(self) -> tuple[str, ...]:
+        return ("scale",)
+
+    def stored_scale(self, name: str, values: Tensor) -> Tensor:
+        return values
+
     def round(self, w: Tensor, importance: Tensor | None = None) -> Quantized:
         params = self.fit(w, importance)
         return Quantized(self, self.encode(w, params), params, (w.shape[0], w.shape[1]))

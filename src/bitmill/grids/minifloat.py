@@ -135,6 +135,13 @@ class Minifloat(LevelGrid):
         scale = self._columns(params, at, codes.shape[1], codes.shape[0])
         return decode(codes, self._kind) * scale
 
+    def scales(self) -> tuple[str, ...]:
+        """MX exponents are no factors."""
+        return () if self.scaling == "mx" else ("scale",)
+
+    def stored_scale(self, name: str, values: Tensor) -> Tensor:
+        return _block_scale(values) if self.scaling == "nv" else stored(values, "f32")
+
     def round(self, w: Tensor, importance: Tensor | None = None) -> Quantized:
         params = self.fit(w, importance)
         return Quantized(self, self.encode(w, params), params, (w.shape[0], w.shape[1]))

@@ -119,6 +119,12 @@ class Nonlinear(LevelGrid):
             self, torch.from_numpy(codes.reshape(out, columns)).to(w.device), shaped, (out, columns)
         )
 
+    def scales(self) -> tuple[str, ...]:
+        return ("scales", "d") if self.type == "iq4_xs" else ("d",)
+
+    def stored_scale(self, name: str, values: Tensor) -> Tensor:
+        return half(values) if name == "d" else values.round().clamp(-32, 31)
+
     def step(self, params: Params, at: int, columns: int) -> Tensor:
         scale = self._scales(params, at, columns).abs()
         return (scale * _GAP).expand(-1, columns)

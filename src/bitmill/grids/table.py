@@ -138,6 +138,12 @@ class Table(LevelGrid):
         levels = torch.tensor(self.levels, device=codes.device)
         return levels[codes.to(torch.int32)] * self._absmax(params, at, codes.shape[1])
 
+    def scales(self) -> tuple[str, ...]:
+        return () if self.double else ("absmax",)
+
+    def stored_scale(self, name: str, values: Tensor) -> Tensor:
+        return values
+
     def round(self, w: Tensor, importance: Tensor | None = None) -> Quantized:
         params = self.fit(w, importance)
         return Quantized(self, self.encode(w, params), params, (w.shape[0], w.shape[1]))

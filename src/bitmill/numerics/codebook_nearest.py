@@ -29,6 +29,7 @@ def nearest_points(
     stop: int,
     x: _Floats,
     step: _Floats,
+    weight: _Floats,
     shift: _Floats,
     values: _Floats,
     halves: _Ints,
@@ -42,6 +43,7 @@ def nearest_points(
 
     Args:
         start, stop: rows of ``x`` (``vectors 8``).
+        weight: of squared errors, ``· 8``; its rows repeat.
         step: scale of each row; ``shift`` (in steps) is added to its levels.
         values: of the levels.
         halves: ``tuples 4`` levels of every half tuple.
@@ -61,7 +63,8 @@ def nearest_points(
                 odd ^= 1
         for half in range(2):
             part = x[r, 4 * half : 4 * half + 4]
-            _costs(part, step[r], shift[r], values, halves, signs, cost[half], turned[half])
+            u = weight[r % len(weight), 4 * half : 4 * half + 4]
+            _costs(part, step[r], u, shift[r], values, halves, signs, cost[half], turned[half])
         turn = -1
         if points.shape[1] == 2:
             turn, first[r] = _of_eight(cost, turned, points, signs == EVEN and odd == 1)
@@ -73,7 +76,7 @@ def nearest_points(
                 at = points[first[r], turn]
             which, least = 0, _f(np.inf)
             for i in range(4):
-                more = values[halves[at, i]] * abs(x[r, 4 * turn + i])
+                more = weight[r % len(weight), 4 * turn + i] * values[halves[at, i]] * abs(x[r, 4 * turn + i])
                 if more < least:
                     which, least = i, more
             minus[r] ^= 1 << (4 * turn + which)
@@ -83,6 +86,7 @@ def nearest_points(
 def _costs(
     x: _Floats,
     step: np.float32,
+    weight: _Floats,
     shift: np.float32,
     values: _Floats,
     halves: _Ints,
@@ -97,8 +101,8 @@ def _costs(
         value = x[i] if signs == NONE else abs(x[i])
         for q in range(levels):
             reached = step * (values[q] + shift)
-            miss[i, q] = (reached - value) * (reached - value)
-            more[i, q] = _f(4) * reached * value
+            miss[i, q] = weight[i] * (reached - value) * (reached - value)
+            more[i, q] = weight[i] * _f(4) * reached * value
     for t in range(len(halves)):
         a, b, c, d = halves[t, 0], halves[t, 1], halves[t, 2], halves[t, 3]
         cost[t] = miss[0, a] + miss[1, b] + miss[2, c] + miss[3, d]

@@ -10,9 +10,10 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from bitmill.core.axes import Affine, AffineGrid, Grid, LevelGrid, Levels, Solver
+from bitmill.core.axes import Affine, AffineGrid, Grid, LevelGrid, Levels, Solver, VectorGrid
 from bitmill.core.errors import Refused
 from bitmill.core.types import Moments, Note, Params, Problem, Quantized, Solution
+from bitmill.numerics.descent import descend
 from bitmill.numerics.factor import Factor, upper_inverse_factor
 from bitmill.numerics.feedback import round_block
 
@@ -32,11 +33,13 @@ class Gptq(Solver):
         damp: fraction of the mean of ``diag(H)`` added to it.
         act_order: whether columns go by falling ``diag(H)``, most important first.
         block: columns between two updates of all that follow.
+        sweeps: coordinate descents over codes and scales that follow (:mod:`bitmill.numerics.descent`).
     """
 
     damp: float = 0.01
     act_order: bool = True
     block: int = 128
+    sweeps: int = 0
 
     needs: ClassVar[str] = "gram"
 
@@ -91,6 +94,8 @@ class Gptq(Solver):
             ahead[:, last:].addmm_(errors, upper[first:last, last:], alpha=-1)
         values = ahead.index_select(1, order.argsort())
         del ahead  # as large as the weight
+        if self.sweeps:
+            values, params = descend(w, values, params, grid, basis.gram, self.sweeps)
         return Quantized(grid, grid.encode(values, params), params, (w.shape[0], w.shape[1]))
 
 
@@ -111,12 +116,16 @@ def round_spans(x: Tensor, upper: Tensor, grid: Grid, params: Params, columns: T
     errors, width = torch.empty_like(x), grid.span[1]
     for first in range(0, x.shape[1], width):
         last, at = first + width, int(columns[first])
-        now = x[:, first:last]
-        value = grid.decode(grid.encode(now, params, at), params, at)
-        if width == 1:
-            error = (now - value) / upper[first, first]
+        now, pivot = x[:, first:last], upper[first:last, first:last]
+        if isinstance(grid, VectorGrid):
+            root = torch.linalg.solve_triangular(pivot, torch.eye(width, device=x.device), upper=True)
+            codes = grid.encode_weighted(now, params, at, root.square().sum(1))
         else:
-            pivot = upper[first:last, first:last]
+            codes = grid.encode(now, params, at)
+        value = grid.decode(codes, params, at)
+        if width == 1:
+            error = (now - value) / pivot[0, 0]
+        else:
             error = torch.linalg.solve_triangular(pivot, now - value, upper=True, left=False)
         x[:, first:last] = value
         errors[:, first:last] = error
@@ -133,6 +142,7 @@ class _Basis:
     order: Tensor
     factor: Factor
     importance: Tensor
+    gram: Tensor
 
 
 def _basis(moments: Moments, width: int, damp: float, act_order: bool, where: str) -> _Basis:
@@ -147,7 +157,9 @@ def _basis(moments: Moments, width: int, damp: float, act_order: bool, where: st
     quiet = factor.damping * known.sum() / (~factor.dead).sum()  # a dead channel counts as much as damping
     dead = torch.empty_like(factor.dead)
     dead[order] = factor.dead
-    return _Basis(order, factor, torch.where(dead, quiet, known))
+    damped = gram.clone()
+    damped.diagonal().add_(factor.damping * gram.diagonal().sum() / (~factor.dead).sum())
+    return _Basis(order, factor, torch.where(dead, quiet, known), damped)
 
 
 def _gram(problem: Problem) -> Moments:
