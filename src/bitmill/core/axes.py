@@ -89,7 +89,7 @@ class Grid(ABC):
     @abstractmethod
     def scales(self) -> tuple[str, ...]:
         """Parameters in which values are linear while all else is fixed: ``out blocks`` in even runs of
-        columns (or fewer rows, where rows share them). Finer ones first; empty where there are none that can move."""
+        columns (or fewer rows, where rows share them). Finer ones first; empty where none can move."""
 
     @abstractmethod
     def stored_scale(self, name: str, values: Tensor) -> Tensor:
