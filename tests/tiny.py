@@ -14,10 +14,12 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 SIZES: dict[str, Any] = {
@@ -38,6 +40,17 @@ CONFIGS = {
     "gemma2": functools.partial(Gemma2Config, sliding_window=16),
     "gemma3": functools.partial(Gemma3TextConfig, sliding_window=16),
 }
+EXPERTS = {
+    "mixtral": functools.partial(MixtralConfig, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3moe": functools.partial(
+        Qwen3MoeConfig,
+        num_experts=8,
+        num_experts_per_tok=3,
+        moe_intermediate_size=64,
+        norm_topk_prob=True,
+    ),
+}
+"""Mixtures of experts: calibration does not reach them."""
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -82,7 +95,7 @@ def make_model(
     """Write a random model of ``family`` into ``folder``: a few strong channels, norms off one."""
     torch.manual_seed(seed)
     vocab = len(tokenizer())
-    config = CONFIGS[family](**{**SIZES, **sizes}, vocab_size=vocab, tie_word_embeddings=tied)
+    config = (CONFIGS | EXPERTS)[family](**{**SIZES, **sizes}, vocab_size=vocab, tie_word_embeddings=tied)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -91,8 +104,8 @@ def make_model(
             if parameter.dim() == 1:
                 parameter.add_(0.2 * noise)
             else:
-                strong = torch.ones(parameter.shape[1])
-                strong[:: max(parameter.shape[1] // 8, 1)] = 3.0
+                strong = torch.ones(parameter.shape[-1])
+                strong[:: max(parameter.shape[-1] // 8, 1)] = 3.0
                 parameter.copy_(noise * strong * (0.7 if "embed" in name else 0.08))
     model = model.to({"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype])
     model.save_pretrained(folder)

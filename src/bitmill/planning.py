@@ -14,7 +14,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from bitmill.core import registry
 from bitmill.core.axes import Allocation, Checkpoint, Choice, Container, Grid, Weight, total_bytes
 from bitmill.core.errors import Refused
 from bitmill.core.types import FileImage, Row, TensorFacts
-from bitmill.families.base import LINEAR_ROLES, Family, describe, traits
+from bitmill.families.base import LINEAR_ROLES, Family, describe, is_expert, traits
 from bitmill.recipe import Recipe
 
 BYTES = {"f32": 4, "f16": 2, "bf16": 2}
@@ -233,6 +233,8 @@ def plan(
     if recipe.container == "gguf":
         remarks += unheard(checkpoint.config, architecture_of_model(checkpoint.config))
     _refuse_rows(recipe, rows, container, solver, strict)
+    if needs != "nothing" and nsamples:
+        _refuse_experts(rows)
     provenance = {"recipe": str(recipe), "source": checkpoint.digest, "version": version("bitmill")}
     files = container.files(rows, checkpoint, provenance)
     if out is not None and files[0].path and out.suffix == ".gguf":
@@ -349,7 +351,8 @@ def _rows(
         elif role in roles:
             choice, why = Choice(roles[role], f"{role}={roles[role]}"), ""
         else:
-            choice, why = allocation.choose(weight), "kept: not a weight of a block"
+            stack = (model["experts"], *fact.shape) if is_expert(name) else fact.shape
+            choice, why = allocation.choose(replace(weight, shape=stack)), "kept: not a weight of a block"
         if choice is None:
             grid = registry.parse_grid(container.default_grid(dtype, role))
             rows.append(Row(name, role, layer, fact.shape, grid, False, why))
@@ -361,7 +364,7 @@ def _rows(
 def _stored(container: Container, checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> str:
     """A tensor's name in the container; empty when it has no place there."""
     row = Row(name, "other", None, shape, registry.parse_grid("f32"), False, "")
-    return next(iter(container.slots(row, checkpoint)), "")
+    return next(iter(container.slots(row, checkpoint)), "").partition("[")[0]
 
 
 def _blind(recipe: Recipe, rows: Sequence[Row]) -> Row | None:
@@ -438,6 +441,17 @@ def _refuse_rows(
             f"--strict: shapes force another type on {len(fallbacks)} of {len(rows)} tensors",
             where=f"{first.name}: {first.fallback} -> {first.grid}, shape {list(first.shape)}",
             fix="choose types whose block divides the row, e.g. 32-blocks (q4_0, q8_0), or drop --strict",
+        )
+
+
+def _refuse_experts(rows: Sequence[Row]) -> None:
+    """Experts run as one tensor in transformers: nothing can be seen of the input of each."""
+    expert = next((row for row in rows if row.solved and is_expert(row.name)), None)
+    if expert is not None:
+        raise Refused(
+            "calibration does not reach the single experts of a mixture of experts yet",
+            where=expert.name,
+            fix="use nearest, hqq or clip without --calib; or --imatrix with data for the experts",
         )
 
 

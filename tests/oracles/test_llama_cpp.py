@@ -29,7 +29,7 @@ from bitmill.grids.nonlinear import Nonlinear
 from bitmill.mill import quantize
 from tests.test_gguf import EXTRA, LLAMA3, SCALED, carried_model, embedded, logits, make_scaled, write
 from tests.test_tokenizer import byte_level, sentencepiece
-from tests.tiny import CONFIGS, make_model, tokens
+from tests.tiny import CONFIGS, EXPERTS, make_model, tokens
 from tests.written import rows_of
 from tests.written import write as write_rows
 
@@ -89,14 +89,14 @@ def test_transformers_reads_the_original_as_we_do() -> None:
         assert torch.equal(values[name], source.read(name)), name
 
 
-@pytest.mark.parametrize("family", [*CONFIGS, *SCALED, "llama3", "untied", "wide-heads"])
+@pytest.mark.parametrize("family", [*CONFIGS, *EXPERTS, *SCALED, "llama3", "untied", "wide-heads"])
 def test_every_family_from_a_folder(family: str, tmp_path: Path) -> None:
     kinds = {
         "llama3": {"rope_parameters": LLAMA3},
         "wide-heads": {"head_dim": 64},
         **EXTRA,
     }
-    name = family if family in CONFIGS else "llama"
+    name = family if family in CONFIGS | EXPERTS else "llama"
     if family in SCALED:
         folder = make_scaled(tmp_path / "model", family)
     else:

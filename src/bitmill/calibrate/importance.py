@@ -16,6 +16,7 @@ from bitmill.checkpoint.imatrix import Entry, Imatrix
 from bitmill.core.axes import Checkpoint
 from bitmill.core.errors import Refused
 from bitmill.core.types import Moments, Note, Row
+from bitmill.families.base import is_expert
 
 MISSING = ("plain", "refuse")
 """What becomes of a weight without data: it is quantized without importance, or the run is refused."""
@@ -73,17 +74,17 @@ def moments_from(
         raise Refused(f"{missing!r} is not one of {', '.join(MISSING)}", where="imatrix_missing")
     arch = architecture_of_model(source.config)
     known: dict[str, Moments] = {}
-    shared: dict[tuple[int | None, str], Moments] = {}
+    shared: dict[tuple[int | None, str, int], Moments] = {}
     lacking = []
     for row in rows:
         if not (row.solved or row.role == "head"):
             continue
-        entry = imatrix.entries.get(arch.gguf_name(row.name) or "")
+        entry, expert = imatrix.entries.get(arch.gguf_name(row.name) or ""), arch.expert(row.name) or 0
         if entry is not None:
-            _refuse_shape(row, entry)
-        if entry is not None and int(entry.counts[0]) > 0:
-            record = Moments(int(entry.counts[0]), entry.in_sum2[0])
-            known[row.name] = shared.setdefault((row.layer, entry.digest), record)
+            _refuse_shape(row, entry, expert)
+        if entry is not None and int(entry.counts[expert]) > 0:
+            record = Moments(int(entry.counts[expert]), entry.in_sum2[expert])
+            known[row.name] = shared.setdefault((row.layer, entry.digest, expert), record)
         elif row.solved and str(row.grid) not in _DENSE:
             lacking.append(row)
     if not known:
@@ -133,9 +134,9 @@ def _facts(imatrix: Imatrix) -> dict[str, Any]:
     }
 
 
-def _refuse_shape(row: Row, entry: Entry) -> None:
-    if entry.in_sum2.shape != (1, row.shape[-1]):
-        matrices, columns = entry.in_sum2.shape
+def _refuse_shape(row: Row, entry: Entry, expert: int) -> None:
+    matrices, columns = entry.in_sum2.shape
+    if columns != row.shape[-1] or expert >= matrices or (matrices > 1 and not is_expert(row.name)):
         raise Refused(
             f"the importance matrix has {matrices} × {columns} values, the weight {row.shape[-1]} columns",
             where=row.name,

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bitmill.core.axes import Checkpoint
 from bitmill.core.errors import BadFile, Refused
+from bitmill.families.base import describe, traits
 
 Read = Callable[[str], Tensor]
 _VOCAB_ROWS = 16384  # head rows converted to float32 at a time: 37 MB at width 576, 268 MB at 4096
@@ -180,6 +181,7 @@ class Stream:
     ) -> None:
         self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
         self._read = read or checkpoint.read
+        self._family = describe(checkpoint.config)
         self._model = _empty_model(checkpoint.config, self.device)
         self.layers_path, self._layers = _find_layers(self._model)
         self._calls: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
@@ -219,7 +221,7 @@ class Stream:
         module = copy.deepcopy(self._layers[index])
         prefix = f"{self.layers_path}.{index}."
         for name, _ in list(module.named_parameters()):
-            _assign(module, name, self._tensor(prefix + name, read), self.device, self.dtype)
+            _assign(module, name, self._parameter(prefix, name, read), self.device, self.dtype)
         return Block(self, index, module)
 
     def blocks(self) -> Iterator[Block]:
@@ -295,6 +297,18 @@ class Stream:
             bias = self._tensor(f"{path}.bias") if f"{path}.bias" in names else None
             return self._tensor(f"{path}.weight"), bias
         return self._tensor(f"{_path_of(self._model, self._model.get_input_embeddings())}.weight"), None
+
+    def _parameter(self, prefix: str, name: str, read: Read | None) -> Tensor:
+        """A parameter of a layer, put together where the checkpoint has it in parts."""
+        parts = self._family.joined.get(name, ())
+        if not parts or prefix + name in self.checkpoint.tensors:
+            return self._tensor(prefix + name, read)
+        experts = range(traits(self.checkpoint.config)["experts"] if "{}" in parts[0] else 1)
+        joined = [
+            torch.cat([self._tensor(f"{prefix}{part.format(e)}.weight", read) for part in parts])
+            for e in experts
+        ]
+        return torch.stack(joined) if "{}" in parts[0] else joined[0]
 
     def _tensor(self, name: str, read: Read | None = None) -> Tensor:
         if name not in self.checkpoint.tensors:

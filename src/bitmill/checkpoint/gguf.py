@@ -210,15 +210,15 @@ class GgufFile:
             raise BadFile(f"there is no tensor called {name!r}", where=str(self.path))
         return self.tensors[name]
 
-    def raw(self, name: str) -> np.ndarray:
-        """The stored bytes of a tensor: a read-only uint8 view of the mapped file."""
-        tensor = self.record(name)
+    def raw(self, name: str | GgufTensor) -> np.ndarray:
+        """The stored bytes of a tensor, or of a part of one: a read-only uint8 view of the mapped file."""
+        tensor = self.record(name) if isinstance(name, str) else name
         data = self._parts[tensor.part].data
         return np.frombuffer(data, dtype=np.uint8, count=tensor.bytes_, offset=tensor.offset)
 
-    def dense(self, name: str) -> Tensor:
-        """The tensor's values: float16 and bfloat16 as stored, everything else float32."""
-        tensor, raw = self.record(name), self.raw(name)
+    def dense(self, name: str | GgufTensor) -> Tensor:
+        """Values of a tensor, or of a part of one: float16 and bfloat16 as stored, all else float32."""
+        tensor, raw = self.record(name) if isinstance(name, str) else name, self.raw(name)
         kind = tensor.type.name
         if kind in _DENSE:
             return torch.from_numpy(raw.copy()).view(_DENSE[kind]).reshape(tensor.shape)
@@ -228,7 +228,8 @@ class GgufFile:
             )
         except NotImplementedError as error:
             raise BadFile(
-                f"tensor {name!r} is stored as {kind}, which cannot be decoded here", where=str(self.path)
+                f"tensor {tensor.name!r} is stored as {kind}: it cannot be decoded here",
+                where=str(self.path),
             ) from error
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).reshape(tensor.shape)
 

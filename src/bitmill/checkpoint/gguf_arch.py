@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +39,12 @@ _FOUR_NORMS = {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
+_ATTENTION = {k: v for k, v in _BLOCK.items() if not k.startswith("mlp.")}
+_MIXTRAL_EXPERTS = {
+    f"block_sparse_moe.experts.{{}}.w{i}": f"ffn_{n}_exps" for i, n in ((1, "gate"), (3, "up"), (2, "down"))
+}
+_QWEN_EXPERTS = {f"mlp.experts.{{}}.{n}_proj": f"ffn_{n}_exps" for n in ("gate", "up", "down")}
+_EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 _HF_BLOCK = re.compile(r"^model\.layers\.(\d+)\.(.+)\.(weight|bias)$")
 _GGUF_BLOCK = re.compile(r"^blk\.(\d+)\.(.+)\.(weight|bias)$")
 _RECOMPUTED = ("rotary_emb.inv_freq",)
@@ -55,6 +61,7 @@ class Architecture:
         block: module path inside a block to llama.cpp's name.
         permuted: rows of q and k are stored with the two halves of each head interleaved.
         norm_offset: added to every norm's weight in the file, because ggml multiplies by ``w`` alone.
+        experts: module path of one expert, ``{}`` for its number, to llama.cpp's name of the stack of all.
         partly_rotated: whether a head may have values that positions do not rotate.
     """
 
@@ -65,9 +72,11 @@ class Architecture:
     permuted: bool = False
     norm_offset: float = 0.0
     partly_rotated: bool = False
+    experts: Mapping[str, str] = field(default_factory=dict)
 
     def gguf_name(self, name: str) -> str | None:
-        """llama.cpp's name of a canonical tensor; None for buffers that no file needs.
+        """llama.cpp's name of a canonical tensor, for an expert's that of its stack; None for buffers that no
+        file needs.
 
         Raises:
             Refused: this architecture has no such tensor.
@@ -78,21 +87,29 @@ class Architecture:
         if stem in _OUTSIDE and kind == "weight":
             return f"{_OUTSIDE[stem]}.weight"
         found = _HF_BLOCK.match(name)
-        if found is None or found[2] not in self.block:
+        paths = {**self.block, **self.experts}
+        path = _EXPERT.sub("{}", found[2]) if found is not None else ""
+        if found is None or path not in paths:
             raise Refused(
                 f"llama.cpp's architecture {self.name!r} has no place for tensor {name!r}",
                 fix="write a container of the safetensors kind, for example compressed-tensors",
             )
-        return f"blk.{found[1]}.{self.block[found[2]]}.{found[3]}"
+        return f"blk.{found[1]}.{paths[path]}.{found[3]}"
+
+    def expert(self, name: str) -> int | None:
+        """The number of the expert whose tensor this canonical name is; None for a tensor of its own."""
+        found = _EXPERT.search(name) if self.experts else None
+        return None if found is None else int(found[0])
 
     def hf_name(self, name: str) -> str | None:
-        """The canonical name of one of llama.cpp's tensors, or None when it has none."""
+        """The canonical name of one of llama.cpp's tensors, or None when it has none; of a stack, with ``{}``
+        for the expert."""
         stem, _, kind = name.rpartition(".")
         outside = {v: k for k, v in _OUTSIDE.items()}
         if stem in outside and kind == "weight":
             return f"{outside[stem]}.weight"
         found = _GGUF_BLOCK.match(name)
-        paths = {v: k for k, v in self.block.items()}
+        paths = {v: k for k, v in {**self.block, **self.experts}.items()}
         if found is None or found[2] not in paths:
             return None
         return f"model.layers.{found[1]}.{paths[found[2]]}.{found[3]}"
@@ -108,6 +125,21 @@ class Architecture:
 
 _ARCHITECTURES = (
     Architecture("llama", ("llama", "mistral"), "LlamaForCausalLM", _BLOCK, permuted=True),
+    Architecture(
+        "llama",
+        ("mixtral",),
+        "MixtralForCausalLM",
+        {**_ATTENTION, "block_sparse_moe.gate": "ffn_gate_inp"},
+        permuted=True,
+        experts=_MIXTRAL_EXPERTS,
+    ),
+    Architecture(
+        "qwen3moe",
+        ("qwen3_moe",),
+        "Qwen3MoeForCausalLM",
+        {**_ATTENTION, **_HEAD_NORMS, "mlp.gate": "ffn_gate_inp"},
+        experts=_QWEN_EXPERTS,
+    ),
     Architecture("qwen2", ("qwen2",), "Qwen2ForCausalLM", _BLOCK),
     Architecture("qwen3", ("qwen3",), "Qwen3ForCausalLM", {**_BLOCK, **_HEAD_NORMS}),
     Architecture("phi3", ("phi3",), "Phi3ForCausalLM", _FUSED, partly_rotated=True),
@@ -126,18 +158,18 @@ def architecture_of_file(metadata: Mapping[str, Any], where: str) -> Architectur
     """The architecture a file names.
 
     Raises:
-        Refused: none of those described here, or one of their mixture-of-experts variants.
+        Refused: none of those described here.
     """
     name = metadata.get("general.architecture")
+    mixed = bool(metadata.get(f"{name}.expert_count", 0))
     for known in _ARCHITECTURES:
-        if known.name == name:
-            if metadata.get(f"{name}.expert_count", 0):
-                raise Refused("GGUF files of mixture-of-experts models cannot be read yet", where=where)
+        if known.name == name and bool(known.experts) == mixed:
             return known
+    readable = ", ".join(dict.fromkeys(a.name for a in _ARCHITECTURES))
     raise Refused(
-        f"GGUF architecture {name!r} is not one that can be read",
+        f"GGUF architecture {name!r}{' with experts' * mixed} is not one that can be read",
         where=where,
-        fix=f"use one of: {', '.join(a.name for a in _ARCHITECTURES)}; or start from the safetensors model",
+        fix=f"use one of: {readable}; or start from the safetensors model",
     )
 
 

@@ -64,7 +64,9 @@ def config_of(file: GgufFile, arch: Architecture) -> dict[str, Any]:
         "attention_bias": "blk.0.attn_q.bias" in names,
         "dtype": _dtype(file),
     }
-    if arch.name == "llama":
+    if arch.experts:
+        _experts(config, keys)
+    elif arch.name == "llama":
         config["mlp_bias"] = "blk.0.ffn_gate.bias" in names
     for key, ours in (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("padding", "pad_token_id")):
         config[ours] = _token_id(file, f"tokenizer.ggml.{key}_token_id", embed.shape[0])
@@ -74,7 +76,7 @@ def config_of(file: GgufFile, arch: Architecture) -> dict[str, Any]:
         config["hidden_act"] = "silu"
     if arch.name == "phi3":
         _phi3(config, keys, turned)
-    if arch.name in ("llama", "qwen2", "qwen3"):
+    if arch.name in ("llama", "qwen2", "qwen3", "qwen3moe"):
         _windows(config, keys)
     return config
 
@@ -141,10 +143,25 @@ def _phi3(config: dict[str, Any], keys: Numbers, turned: int) -> None:
         del config["head_dim"]  # transformers' class has no such field
 
 
+def _experts(config: dict[str, Any], keys: Numbers) -> None:
+    count, used = keys.whole("expert_count"), keys.whole("expert_used_count")
+    if used > count:
+        raise BadFile(f"{used} of {count} experts are announced to be used", where=keys.where)
+    config.update(num_local_experts=count, num_experts_per_tok=used)
+    if keys.arch == "qwen3moe":
+        config["moe_intermediate_size"] = keys.whole("expert_feed_forward_length")
+        config.update(norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[])
+    else:
+        del config["attention_bias"]
+
+
 def _windows(config: dict[str, Any], keys: Numbers) -> None:
     """Sliding windows of the models whose architecture in llama.cpp attends to everything."""
     window = keys.window()
     if window is None:
+        return
+    if config["model_type"] == "mixtral":
+        config["sliding_window"] = window
         return
     if keys.arch == "llama":  # of the models it holds, Mistral is the one with a window
         config.update(architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=window)
@@ -187,11 +204,13 @@ def keys_of(config: Mapping[str, Any], arch: Architecture) -> dict[str, Any]:
     }
     if arch.name == "llama" or arch.partly_rotated:
         keys["rope.dimension_count"] = rotated(config)
-    if arch.name in ("qwen3", "gemma2", "gemma3") or head_dim * heads != hidden:
+    if arch.name in ("qwen3", "qwen3moe", "gemma2", "gemma3") or head_dim * heads != hidden:
         keys.update({"attention.key_length": head_dim, "attention.value_length": head_dim})
     if arch.name == "phi3":
         original = config.get("original_max_position_embeddings") or config["max_position_embeddings"]
         keys.setdefault("rope.scaling.original_context_length", int(original))
+    if arch.experts:
+        keys.update(_expert_keys(config, arch.name))
     if arch.name.startswith("gemma"):
         keys.update(_gemma_keys(config, arch.name, head_dim))
     else:
@@ -215,6 +234,22 @@ def unheard(config: Mapping[str, Any], arch: Architecture) -> tuple[str, ...]:
             f"--yarn-beta-fast {betas[0]:g} --yarn-beta-slow {betas[1]:g}"
         )
     return tuple(said)
+
+
+def _expert_keys(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    keys = {
+        "expert_count": int(config.get("num_local_experts") or config["num_experts"]),
+        "expert_used_count": int(config["num_experts_per_tok"]),
+    }
+    if name != "qwen3moe":
+        return keys
+    if not config.get("norm_topk_prob", False):
+        raise Refused(
+            "llama.cpp's qwen3moe makes the shares of chosen experts add up to one; this model does not"
+        )
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        raise Refused("llama.cpp's qwen3moe has experts in every block; this model has some without")
+    return {**keys, "expert_feed_forward_length": int(config["moe_intermediate_size"])}
 
 
 def _window_keys(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -25,6 +26,9 @@ from bitmill.numerics import blocks
 
 SCALES = ("scale", "input_scale")
 """What may stand beside an NVFP4 tensor; the second is about activations."""
+_STACKED = 3  # dimensions of a stack of experts
+_MOST_EXPERTS = 4096
+_ROUTERS = ("block_sparse_moe.gate", "mlp.gate")
 _KEPT = {"F16": "f16", "BF16": "bf16"}
 
 
@@ -58,13 +62,26 @@ class GgufCheckpoint(Checkpoint):
         beside = {scale_of(n, of) for n, t in self.file.tensors.items() if _is_nvfp4(t) for of in SCALES}
         for name, tensor in self.file.tensors.items():
             ours = self.arch.hf_name(name)
-            if ours is not None:
+            if ours is not None and "{}" in ours:
+                records.update(self._experts(ours, tensor))
+            elif ours is not None:
                 records[ours] = tensor
             elif name not in ROPE_TENSORS and name not in beside:
                 raise BadFile(
                     f"tensor {name!r} is not one of architecture {self.arch.name!r}", where=str(self.path)
                 )
         return records
+
+    def _experts(self, template: str, stack: GgufTensor) -> dict[str, GgufTensor]:
+        """Every expert's part of a stack, by canonical name."""
+        count = self.file.metadata.get(f"{self.arch.name}.expert_count")
+        if len(stack.shape) != _STACKED or stack.shape[0] != count or count > _MOST_EXPERTS:
+            raise BadFile(
+                f"{stack.name} has shape {stack.shape}; the keys say {count} experts", where=str(self.path)
+            )
+        size = stack.bytes_ // count
+        part = replace(stack, shape=stack.shape[1:], bytes_=size)
+        return {template.format(e): replace(part, offset=stack.offset + e * size) for e in range(count)}
 
     def _check_shapes(self) -> None:
         """Refuse shapes that contradict the keys before anybody reshapes by them."""
@@ -88,10 +105,17 @@ class GgufCheckpoint(Checkpoint):
             "mlp.gate_up_proj": (2 * middle, hidden),
             "mlp.down_proj": (hidden, middle),
         }
+        experts = c.get("num_local_experts") or c.get("num_experts") or 0
+        block.update(dict.fromkeys(_ROUTERS, (experts, hidden)))
         self._check("model.norm", (hidden,))
         for layer in range(c["num_hidden_layers"]):
             for path in self.arch.block:
                 self._check(f"model.layers.{layer}.{path}", block[path])
+            for path, role in self.arch.experts.items():
+                wide = c.get("moe_intermediate_size", middle)
+                shape = (hidden, wide) if role == "ffn_down_exps" else (wide, hidden)
+                for expert in range(experts):
+                    self._check(f"model.layers.{layer}.{path.format(expert)}", shape)
 
     def _check(self, module: str, shape: tuple[int, ...]) -> None:
         found, bias = self._records.get(f"{module}.weight"), self._records.get(f"{module}.bias")
@@ -118,7 +142,7 @@ class GgufCheckpoint(Checkpoint):
     def read(self, name: str) -> Tensor:
         if self._gain(self._record(name)) is not None:
             return cast(Quantized, self.stored(name)).dense()
-        values = self.file.dense(self._record(name).name)
+        values = self.file.dense(self._record(name))
         if self.arch.is_permuted(name):
             values = values[restored(values.shape[0], head_width(self._config))]
         offset = self.arch.offset(name)
@@ -133,7 +157,7 @@ class GgufCheckpoint(Checkpoint):
         grid = parse_grid(kind)
         if self.arch.offset(name):
             return Quantized(grid, self.read(name), {}, record.shape)  # type: ignore[arg-type]
-        codes, params = blocks.unpack(kind, self.file.raw(record.name).reshape(rows, -1))
+        codes, params = blocks.unpack(kind, self.file.raw(record).reshape(rows, -1))
         gain = self._gain(record)
         if gain is not None:
             params["gain"] = gain

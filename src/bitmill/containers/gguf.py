@@ -27,7 +27,7 @@ from bitmill.checkpoint.tokenizer import gguf_keys
 from bitmill.core.axes import Checkpoint, Container, Grid
 from bitmill.core.errors import Refused
 from bitmill.core.types import FileImage, Quantized, Row, Slot, Split
-from bitmill.families.base import head_dim
+from bitmill.families.base import head_dim, is_expert, traits
 from bitmill.numerics import blocks
 
 _VECTOR_ROLES = frozenset(
@@ -100,6 +100,7 @@ _SCALED_MLP = frozenset({"llama", "qwen3"})
 _NOT_COPIED = ("split.", "quantize.", "bitmill.")
 """Prefixes of keys that describe the source file, not the model."""
 _QUANTIZATION_VERSION = 2
+_STACKED = 3  # dimensions of a stack of experts
 
 
 @final
@@ -164,7 +165,7 @@ class Gguf(Container):
         _check_scaled(rows, arch)
         extras = _extras(source)
         ordered = sorted(rows, key=lambda r: (r.layer is not None, r.layer or 0, r.name))
-        planned = [p for row in ordered for p in _planned(row, arch)]
+        planned = _stacked([p for row in ordered for p in _planned(row, arch)], source)
         first = [Planned(n, tuple(t.shape), blocks.TYPES["f32"].id, t.nbytes) for n, t in extras.items()]
         keys = {**_model_keys(source, arch), **_quantization_keys(rows)}
         keys.update({f"bitmill.{name}": encoded(text) for name, text in notes.items()})
@@ -177,7 +178,7 @@ class Gguf(Container):
 
     def pack(self, row: Row, quantized: Quantized, source: Checkpoint) -> Mapping[str, bytes]:
         arch = _architecture(source)
-        name = arch.gguf_name(row.name)
+        name = _slot_name(row.name, arch)
         if name is None:
             return {}
         if arch.is_permuted(row.name):
@@ -198,17 +199,57 @@ def _image(
     header, offsets, size = head(keys, tensors)
     for name in (t.name for t in tensors if t.name in extras):
         header = header.ljust(offsets[name], b"\0") + extras[name].contiguous().numpy().tobytes()
-    slots = tuple(Slot(t.name, offsets[t.name], t.bytes_) for t in tensors if t.name not in extras)
-    return FileImage(path, header, slots, size)
+    slots = [slot for t in tensors if t.name not in extras for slot in _slots(t, offsets[t.name])]
+    return FileImage(path, header, tuple(slots), size)
 
 
 def _architecture(source: Checkpoint) -> Architecture:
     return source.arch if isinstance(source, GgufCheckpoint) else architecture_of_model(source.config)
 
 
+def _slot_name(name: str, arch: Architecture) -> str | None:
+    """What a tensor is called in the file; with its number behind, when it is one expert of a stack."""
+    stored, expert = arch.gguf_name(name), arch.expert(name)
+    return stored if expert is None else f"{stored}[{expert}]"
+
+
+def _stacked(planned: Sequence[Planned], source: Checkpoint) -> list[Planned]:
+    """Experts joined to stacks: rows are independent, so that their bytes only follow each other.
+
+    Raises:
+        Refused: an expert is missing, or experts of one stack differ in type or shape.
+    """
+    experts = traits(source.config)["experts"]
+    joined: dict[str, Planned] = {}
+    parts: dict[str, dict[int, Planned]] = {}
+    for one in planned:
+        name, _, number = one.name.rstrip("]").partition("[")
+        joined.setdefault(name, one)
+        if number:
+            parts.setdefault(name, {})[int(number)] = one
+    for name, found in parts.items():
+        kinds = {(one.type, one.shape) for one in found.values()}
+        if set(found) != set(range(experts)) or len(kinds) > 1:
+            raise Refused(
+                f"{len(found)} experts of {len(kinds)} types and shapes; a stack has {experts}, all alike",
+                where=name,
+            )
+        ((kind, shape),) = kinds
+        joined[name] = Planned(name, (experts, *shape), kind, experts * found[0].bytes_)
+    return list(joined.values())
+
+
+def _slots(planned: Planned, offset: int) -> list[Slot]:
+    """Where a tensor goes, or each expert of a stack."""
+    if len(planned.shape) != _STACKED:
+        return [Slot(planned.name, offset, planned.bytes_)]
+    size = planned.bytes_ // planned.shape[0]
+    return [Slot(f"{planned.name}[{e}]", offset + e * size, size) for e in range(planned.shape[0])]
+
+
 def _planned(row: Row, arch: Architecture) -> tuple[Planned, ...]:
     """What a row becomes: nothing, a tensor, or one with a scale of the whole beside it."""
-    name = arch.gguf_name(row.name)
+    name = _slot_name(row.name, arch)
     if name is None:
         return ()
     kind = blocks.TYPES[blocks.type_of(str(row.grid))]
@@ -231,10 +272,15 @@ def _check_complete(rows: Sequence[Row], source: Checkpoint) -> None:
 
 def _check_scaled(rows: Sequence[Row], arch: Architecture) -> None:
     """Refuse scales beside tensors that llama.cpp loads and then forgets."""
-    if arch.name in _SCALED_MLP:
-        return
     for row in rows:
-        if str(row.grid) == "nvfp4" and row.role in ("gate", "up", "down"):
+        scaled = str(row.grid) == "nvfp4" and row.role in ("gate", "up", "down")
+        if scaled and is_expert(row.name):
+            raise Refused(
+                "experts cannot have the scale that nvfp4 has beside a weight yet",
+                where=row.name,
+                fix="nvfp4-flat, which has none, or mxfp4",
+            )
+        if scaled and arch.name not in _SCALED_MLP:
             raise Refused(
                 f"llama.cpp's {arch.name} does not apply the scale that nvfp4 has beside an MLP's weight",
                 where=row.name,

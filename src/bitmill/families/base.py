@@ -23,6 +23,7 @@ LINEAR_ROLES = frozenset({"q", "k", "v", "o", "gate", "up", "down", "linear"})
 """Roles of the weights that a recipe's solver places by default."""
 
 _BLOCK = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
+_EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 
 ATTENTION_NAMES = {
     "self_attn.q_proj": "q",
@@ -51,6 +52,8 @@ class Family:
         norm_offset: added to a norm's stored weight by the forward pass (1 for Gemma's ``1 + w``).
         permuted_rope: whether llama.cpp wants the rows of q and k interleaved.
         model_names: module path outside the blocks to role.
+        joined: parameter path in transformers' layer to the module paths it is made of, where a checkpoint
+            has parts: their rows one after the other, stacked over the experts where a path has ``{}``.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Family:
     norm_offset: float = 0.0
     permuted_rope: bool = False
     model_names: Mapping[str, str] = field(default_factory=lambda: dict(MODEL_NAMES))
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def role(self, tensor: str) -> tuple[str, int | None]:
         """Role and block index of a canonical tensor name; biases have the role ``bias``."""
@@ -68,7 +72,7 @@ class Family:
         block = _BLOCK.match(stem)
         if block is None:
             return self.model_names.get(stem, "other"), None
-        layer, path = int(block[1]), block[2]
+        layer, path = int(block[1]), _EXPERT.sub("{}", block[2])
         if kind == "bias":
             return "bias", layer
         role = self.names.get(path)
@@ -88,11 +92,23 @@ class Family:
         return next((s for s in self.seams if s.name == name), None)
 
 
+def is_expert(tensor: str) -> bool:
+    """Whether a tensor is one expert's, of several in its block."""
+    return _EXPERT.search(tensor) is not None
+
+
+def attention_seams(attn_norm: str) -> tuple[Seam, ...]:
+    """Seams of grouped-query attention behind a norm."""
+    return (
+        Seam("attn_in", (attn_norm,), ("q", "k", "v"), DIAGONAL),
+        Seam("value", ("v",), ("o",), ANY, per_head=True),
+    )
+
+
 def gated_seams(attn_norm: str, mlp_norm: str, *, residual: bool) -> tuple[Seam, ...]:
     """Seams of a pre-norm block with grouped-query attention and a gated MLP."""
     inside = (
-        Seam("attn_in", (attn_norm,), ("q", "k", "v"), DIAGONAL),
-        Seam("value", ("v",), ("o",), ANY, per_head=True),
+        *attention_seams(attn_norm),
         Seam("mlp_in", (mlp_norm,), ("gate", "up"), DIAGONAL),
         Seam("mlp_mid", ("up",), ("down",), DIAGONAL),
     )

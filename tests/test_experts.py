@@ -1,0 +1,153 @@
+"""Mixtures of experts: one weight an expert in a folder, one stack of all in a GGUF file, the same model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from bitmill import mill
+from bitmill.calibrate.stream import Stream
+from bitmill.checkpoint.gguf_model import GgufCheckpoint
+from bitmill.checkpoint.imatrix import Entry, Imatrix, write_imatrix
+from bitmill.checkpoint.safetensors import SafetensorsFolder
+from bitmill.core.errors import BadFile, Refused
+from bitmill.families.base import describe
+from bitmill.planning import plan
+from bitmill.recipe import parse
+from bitmill.run.load import load_model
+from bitmill.source import open_source
+from tests.test_gguf import logits, write
+from tests.tiny import EXPERTS, make_model, tokens
+
+every_family = pytest.mark.parametrize("family", EXPERTS)
+WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 64}
+
+
+@every_family
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_survives_the_round_trip(family: str, tied: bool, tmp_path: Path) -> None:
+    source = SafetensorsFolder(make_model(tmp_path / "model", family, tied=tied))
+    write(source, tmp_path / "out.gguf", "f32")
+    back = GgufCheckpoint(tmp_path / "out.gguf")
+    assert set(back.tensors) == set(source.tensors)
+    assert all(torch.equal(back.read(name), source.read(name)) for name in source.tensors)
+    ids = tokens(2, 24)
+    assert torch.allclose(logits(back, ids), logits(source, ids), atol=1e-4)
+    parts = "nearest : f32, split-max-tensors=5 > gguf"
+    mill.quantize(source, parts, tmp_path / "parts")
+    found = open_source(str(tmp_path / "parts"))
+    assert all(torch.equal(found.read(name), source.read(name)) for name in source.tensors if "exp" in name)
+    write(back, tmp_path / "again.gguf", "f32")
+    assert GgufCheckpoint(tmp_path / "again.gguf").config == back.config
+
+
+@every_family
+def test_stacks_hold_the_experts_in_order(family: str, tmp_path: Path) -> None:
+    source = SafetensorsFolder(make_model(tmp_path / "model", family))
+    made = write(source, tmp_path / "out.gguf", "q4_1")
+    back, count = GgufCheckpoint(tmp_path / "out.gguf"), EXPERTS[family].keywords
+    assert all(back.stored(name).same_values(q) for name, q in made.items())  # type: ignore[union-attr]
+    theirs = {t.name: t for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+    stack = theirs["blk.1.ffn_down_exps.weight"]
+    values = gguf.dequantize(stack.data, stack.tensor_type)
+    paths = describe(source.config).names
+    template = next(path for path, role in paths.items() if role == "down")
+    for expert in range(count.get("num_local_experts") or count["num_experts"]):
+        name = f"model.layers.1.{template.format(expert)}.weight"
+        assert np.array_equal(values[expert], back.read(name).numpy()), name
+    assert theirs["blk.1.ffn_gate_inp.weight"].tensor_type.name == "F32"
+
+
+@every_family
+def test_a_stream_runs_what_transformers_runs(family: str, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", family)
+    stream, ids = Stream(open_source(str(folder))), tokens(2, 24)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        assert torch.allclose(stream.logits(stream.hidden(ids)), model(ids).logits, atol=1e-4)
+
+
+@every_family
+@pytest.mark.parametrize("recipe", ["Q4_K_M", "MXFP4_MOE", "hadamard + nearest : q8_0 > gguf", "clip : q4_1"])
+def test_a_recipe_from_end_to_end(family: str, recipe: str, tmp_path: Path) -> None:
+    source = open_source(str(make_model(tmp_path / "model", family, **WIDE)))
+    mill.quantize(source, recipe, tmp_path / "out.gguf")
+    back, ids = GgufCheckpoint(tmp_path / "out.gguf"), tokens(2, 24)
+    stacks = {t.type.name for n, t in back.file.tensors.items() if "_exps" in n}
+    assert ("MXFP4" in stacks) == (recipe == "MXFP4_MOE")
+    for name in source.tensors:  # logits would say little: a rounded token goes to another expert
+        want, got = source.read(name), back.read(name)
+        rotated = "hadamard" in recipe and (".v_proj" in name or ".o_proj" in name)
+        assert rotated or float((got - want).norm() / want.norm()) < 0.2, name
+    mill.quantize(back, "hf-f32", tmp_path / "folder")
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "folder").eval()
+        assert torch.equal(model(ids).logits, load_model(back)(ids).logits)
+
+
+@every_family
+def test_calibration_is_refused_before_it_starts(family: str, tmp_path: Path) -> None:
+    source = open_source(str(make_model(tmp_path / "model", family, **WIDE)))
+    for recipe in ("gptq : q4_0 > gguf", "IQ2_XS"):
+        with pytest.raises(Refused, match="experts") as caught:
+            plan(parse(recipe), source)
+        assert ".experts.0." in str(caught.value.where)
+    with pytest.raises(Refused, match="experts"):
+        plan(parse("q4_0"), source, calibrated=True)
+    with pytest.raises(Refused, match="nvfp4-flat"):
+        plan(parse("nvfp4 > gguf"), source)
+    assert plan(parse("gptq : q4_0, keep=gate+up+down > gguf"), source).needs == "gram"
+
+
+def test_an_importance_matrix_knows_every_expert(tmp_path: Path) -> None:
+    source = open_source(str(make_model(tmp_path / "model", "mixtral")))
+    generator = torch.Generator().manual_seed(0)
+    entries = {}
+    for layer in range(3):
+        for name, columns in (("gate", 128), ("up", 128), ("down", 256)):
+            sums = 10 * torch.rand(4, columns, generator=generator)
+            entries[f"blk.{layer}.ffn_{name}_exps.weight"] = Entry(sums, torch.tensor([5, 5, 0, 5]))
+    write_imatrix(tmp_path / "im.gguf", Imatrix(entries, ("x",), 1, 20), "gguf")
+    report = mill.quantize(source, "q4_0", tmp_path / "told.gguf", imatrix=tmp_path / "im.gguf")
+    without = {n.where for n in report.notes if n.kind == "no-importance"}
+    assert "model.layers.0.block_sparse_moe.experts.2.w1.weight" in without
+    assert "model.layers.0.block_sparse_moe.experts.1.w1.weight" not in without
+    mill.quantize(source, "q4_0", tmp_path / "plain.gguf")
+    told, plain = (GgufCheckpoint(tmp_path / f"{x}.gguf") for x in ("told", "plain"))
+    for expert in range(4):
+        name = f"model.layers.0.block_sparse_moe.experts.{expert}.w1.weight"
+        assert torch.equal(told.read(name), plain.read(name)) == (expert == 2)
+
+
+def test_what_a_file_cannot_say_is_refused(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "qwen3moe", num_hidden_layers=1)
+    text = json.loads((folder / "config.json").read_text())
+    changes = (
+        ({"norm_topk_prob": False}, "add up to one"),
+        ({"mlp_only_layers": [0]}, "every block"),
+        ({"num_local_experts": 9}, "a stack has 9"),
+    )
+    for change, reason in changes:
+        (folder / "config.json").write_text(json.dumps({**text, **change}))
+        with pytest.raises(Refused, match=reason):
+            plan(parse("f16"), open_source(str(folder)))
+
+
+def test_stacks_that_contradict_the_keys_are_bad(tmp_path: Path) -> None:
+    write(SafetensorsFolder(make_model(tmp_path / "model", "mixtral")), tmp_path / "a.gguf", "f16")
+    data = (tmp_path / "a.gguf").read_bytes()
+    for key, value in (
+        ("llama.expert_count", 5),
+        ("llama.expert_used_count", 9),
+        ("llama.expert_count", 1 << 30),
+    ):
+        at = data.index(key.encode()) + len(key) + 4
+        (tmp_path / "b.gguf").write_bytes(data[:at] + value.to_bytes(4, "little") + data[at + 4 :])
+        with pytest.raises(BadFile, match="experts"):
+            GgufCheckpoint(tmp_path / "b.gguf")
