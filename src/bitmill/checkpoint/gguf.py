@@ -275,7 +275,8 @@ def _part_paths(path: Path) -> list[Path]:
     if not 1 <= int(match["part"]) <= count:
         raise BadFile(f"{path.name!r} is part {int(match['part'])} of {count}", where=str(path))
     paths = [path.with_name(f"{match['stem']}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
-    missing = [p.name for p in paths if not p.is_file()]
+    present = {p.name for p in path.parent.iterdir()}
+    missing = [p.name for p in paths if p.name not in present or not p.is_file()]
     if missing:
         raise BadFile(
             f"{len(missing)} of the {count} parts of this model are missing, the first is {missing[0]}",
@@ -355,7 +356,9 @@ def _read_record(cursor: Cursor) -> tuple[str, tuple[int, ...], GGMLQuantization
     start = cursor.at
     name = cursor.string("a tensor's name", _LONGEST_NAME)
     rank = cursor.number("I", f"the rank of {name!r}")
-    if not name or rank > 4:
+    if not name:
+        raise cursor.bad("a tensor has no name", start)
+    if rank > 4:
         raise cursor.bad(f"tensor {name!r} has {rank} dimensions; ggml knows at most 4", start)
     stored = [cursor.number("q", f"a dimension of {name!r}") for _ in range(rank)]
     kind = cursor.number("I", f"the type of {name!r}")

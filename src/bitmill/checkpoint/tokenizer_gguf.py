@@ -162,8 +162,11 @@ def words_named(pre: Any, where: str) -> Words:
     """The word splitting that llama.cpp calls ``pre``.
 
     Raises:
+        BadFile: no text at all.
         Refused: unknown here.
     """
+    if not isinstance(pre, str):
+        raise BadFile("tokenizer.ggml.pre is not a text", where=where)
     name = _ALIASES.get(pre, pre)
     for words in WORDS:
         if words.name == name:
