@@ -27,8 +27,13 @@ from bitmill.checkpoint.gguf_model import GgufCheckpoint
 from bitmill.checkpoint.gguf_write import encoded, head
 from bitmill.checkpoint.tokenizer import NASTY, gguf_keys, load_tokenizer, parity, render_chat, tokenizer_from
 from bitmill.checkpoint.tokenizer_gguf import WORDS, files_of
-from bitmill.core.errors import BadFile, Refused
+from bitmill.core.errors import BadFile, BadRecipe, Refused
+from bitmill.mill import quantize
+from bitmill.planning import plan
+from bitmill.recipe import parse
+from bitmill.source import open_source
 from tests.test_gguf import carried_model
+from tests.tiny import make_model, tokenizer
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -205,6 +210,48 @@ def test_what_llama_cpp_cannot_do_is_refused() -> None:
     with pytest.raises(Refused, match="no tokenizer.json"):
         gguf_keys({"tokenizer.model": b""}, {})
     assert gguf_keys({}, {}) == {}
+
+
+def other_words(pattern: str) -> Mapping[str, bytes]:
+    """The tokenizer of ``byte_level("gpt-2")`` with another pattern before its bytes."""
+    carried = byte_level("gpt-2")
+    whole = json.loads(carried["tokenizer.json"])
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    last = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    whole["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, last]}
+    return {**carried, "tokenizer.json": json.dumps(whole).encode()}
+
+
+def test_a_pre_tokenizer_is_known_by_what_it_does() -> None:
+    gpt2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    assert gguf_keys(other_words(gpt2), {})["tokenizer.ggml.pre"] == "gpt-2"
+    with pytest.raises(Refused, match="other words") as caught:
+        gguf_keys(other_words(gpt2.replace(r"\p{N}+", r"\p{N}{1,2}")), {})
+    assert "--pre-tokenizer NAME" in str(caught.value.fix)
+
+
+def test_an_unknown_pre_tokenizer_can_be_named(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    text = json.loads((folder / "tokenizer.json").read_text())
+    text["pre_tokenizer"] = json.loads(other_words(r"\p{L}\p{N}|\s")["tokenizer.json"])["pre_tokenizer"]
+    (folder / "tokenizer.json").write_text(json.dumps(text))
+    source = open_source(str(folder))
+    with pytest.raises(Refused, match="other words"):
+        plan(parse("f16"), source)
+    made = [plan(parse(f"f16, pre-tokenizer={name} > gguf"), source) for name in ("mine-1.5", "qwen2")]
+    assert made[0].digest != made[1].digest and "pre-tokenizer=mine-1.5" in made[0].identity()["recipe"]
+    quantize(source, made[0].recipe, tmp_path / "out.gguf")
+    assert GgufFile(tmp_path / "out.gguf").metadata["tokenizer.ggml.pre"] == "mine-1.5"
+    again = open_source(str(tmp_path / "out.gguf"))
+    quantize(again, "q8_0, pre-tokenizer=smollm > gguf", tmp_path / "again.gguf")
+    assert GgufFile(tmp_path / "again.gguf").metadata["tokenizer.ggml.pre"] == "smollm"
+    assert parity(load_tokenizer(open_source(str(tmp_path / "again.gguf"))), tokenizer()) == []
+
+
+@pytest.mark.parametrize("text", ["f16, pre-tokenizer=a/b > gguf", "f16, pre-tokenizer=x > bitmill"])
+def test_names_that_cannot_be(text: str) -> None:
+    with pytest.raises(BadRecipe, match="pre-tokenizer"):
+        parse(text)
 
 
 def test_keys_that_contradict_each_other_are_bad(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ ROLES = ("embed", "head", "q", "k", "v", "o", "gate", "up", "down", "router", "l
 
 DTYPES = ("f32", "f16", "bf16")
 
-_SPLITS = ("split-max-size", "split-max-tensors")
+_OF_GGUF = ("split-max-size", "split-max-tensors", "pre-tokenizer")
 
 KNOWN: Mapping[str, str] = {
     **{name.lower(): f"nearest : {name} > gguf" for name in Mixture.names()},
@@ -118,6 +118,7 @@ class Recipe:
         pure: whether a mixture gives every tensor its default type, embedding and head too.
         split_max_size, split_max_tensors: the most that a part of a GGUF output may hold, in bytes and in
         tensors; 0 is no limit, and without any limit the output is one file.
+        pre_tokenizer: llama.cpp's name of how text is cut into words, for a GGUF output; None recognises it.
 
     Raises:
         BadRecipe: ``tensors`` or ``pure`` without a mixture and GGUF; parts without GGUF.
@@ -135,6 +136,7 @@ class Recipe:
     pure: bool = False
     split_max_size: int = 0
     split_max_tensors: int = 0
+    pre_tokenizer: str | None = None
 
     def __post_init__(self) -> None:
         said = [f"/{pattern}/={kind}" for pattern, kind in self.tensors] + ["pure"] * self.pure
@@ -147,6 +149,8 @@ class Recipe:
 
         if self.container != "gguf" and (self.split_max_size or self.split_max_tensors):
             raise BadRecipe("only GGUF outputs are split", where=self.container.replace("_", "-"))
+        if self.container != "gguf" and self.pre_tokenizer is not None:
+            raise BadRecipe("only GGUF names a pre-tokenizer", where=self.container.replace("_", "-"))
 
     def __str__(self) -> str:
         axes = " + ".join(str(c) for c in (*self.transforms, self.solver))
@@ -158,6 +162,7 @@ class Recipe:
         options += [f"dtype={self.dtype}"] if self.dtype else []
         options += [f"split-max-size={self.split_max_size}"] if self.split_max_size else []
         options += [f"split-max-tensors={self.split_max_tensors}"] if self.split_max_tensors else []
+        options += [f"pre-tokenizer={self.pre_tokenizer}"] if self.pre_tokenizer else []
         return f"{axes} : {', '.join([self.grid, *options])} > {self.container.replace('_', '-')}"
 
     @property
@@ -172,9 +177,12 @@ class Recipe:
     def make_container(self) -> Container:
         """The container, with its options."""
         cls = registry.member("containers", self.container)
+        options: dict[str, Any] = {}
         if self.split_max_size or self.split_max_tensors:
-            return cast(Container, cls(Split(self.split_max_size, self.split_max_tensors)))
-        return cast(Container, cls())
+            options["split"] = Split(self.split_max_size, self.split_max_tensors)
+        if self.pre_tokenizer is not None:
+            options["pre_tokenizer"] = self.pre_tokenizer
+        return cast(Container, cls(**options))
 
     def make_transforms(self) -> tuple[Transform, ...]:
         """The transforms, with their options."""
@@ -238,6 +246,18 @@ def size_of(text: str) -> int:
     return int(found[1]) * 1000 ** ("kmg".index(found[2]) + 1 if found[2] else 0)
 
 
+def pre_tokenizer(text: str) -> str:
+    """A name as llama.cpp gives its pre-tokenizers: ``llama-bpe``, ``qwen2``.
+
+    Raises:
+        BadRecipe: it cannot be one.
+    """
+    name = text.strip().lower()
+    if re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name) is None:
+        raise BadRecipe(f"{text!r} is no pre-tokenizer's name", fix="for example llama-bpe or qwen2")
+    return name
+
+
 def _parse_line(text: str, known: Mapping[str, str]) -> Recipe:
     patterns: list[str] = []
 
@@ -296,11 +316,13 @@ def _fields(options: list[str], patterns: list[str]) -> dict[str, Any]:
             if not value.isdecimal() or int(value) == 0:
                 raise BadRecipe(f"{key}={value!r} is no number of tensors", fix="for example 128")
             fields["split_max_tensors"] = int(value)
+        elif key == "pre-tokenizer":
+            fields["pre_tokenizer"] = pre_tokenizer(value)
         else:
             raise BadRecipe(
                 f"unknown option {key!r}",
                 where=option,
-                fix=_closest(key, [*ROLES, "keep", "fallback", "dtype", "pure", *_SPLITS]),
+                fix=_closest(key, [*ROLES, "keep", "fallback", "dtype", "pure", *_OF_GGUF]),
             )
     return {**fields, "roles": tuple(roles), "tensors": tuple(tensors)}
 
@@ -309,7 +331,8 @@ def from_toml(path: Path) -> Recipe:
     """A recipe from a file.
 
     It holds ``recipe = "…"``, or the keys ``transforms solver grid container keep fallback dtype pure
-    split-max-size split-max-tensors`` and the tables ``[roles]`` and ``[tensors]``. Unknown keys are errors.
+    split-max-size split-max-tensors pre-tokenizer`` and the tables ``[roles]`` and ``[tensors]``. Unknown
+    keys are errors.
 
     Raises:
         BadRecipe: the file does not exist, does not parse, or holds an unknown key.
@@ -321,7 +344,7 @@ def from_toml(path: Path) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadRecipe(f"not a TOML file: {error}", where=str(path)) from error
     allowed = ["recipe", "transforms", "solver", "grid", "container", "keep", "fallback", "dtype", "pure"]
-    allowed += ["roles", "tensors", *_SPLITS]
+    allowed += ["roles", "tensors", *_OF_GGUF]
     for key in table:
         if key not in allowed:
             raise BadRecipe(f"unknown key {key!r}", where=str(path), fix=_closest(key, allowed))
@@ -341,7 +364,7 @@ def from_toml(path: Path) -> Recipe:
     options += ["pure"] if table.get("pure", False) else []
     keep = table.get("keep", [])
     options += [f"keep={'+'.join(keep if isinstance(keep, list) else [keep])}"] if keep else []
-    options += [f"{key}={table[key]}" for key in ("fallback", "dtype", *_SPLITS) if key in table]
+    options += [f"{key}={table[key]}" for key in ("fallback", "dtype", *_OF_GGUF) if key in table]
     container = f" > {table['container']}" if "container" in table else ""
     return parse(f"{axes} : {', '.join([str(table['grid']), *options])}{container}")
 

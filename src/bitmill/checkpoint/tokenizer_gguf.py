@@ -68,6 +68,7 @@ _ALIASES: Mapping[str, str] = MappingProxyType(
         "deepseek-r1-qwen": "qwen2",
     }
 )
+_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 _PAD = re.compile(r"^\[PAD\d+\]$")
 
 
@@ -230,18 +231,22 @@ def _byte_level(keys: _Keys, words: Words) -> dict[str, Any]:
         for i, (piece, kind) in enumerate(zip(keys.tokens, keys.types, strict=True))
         if kind in (CONTROL, USER_DEFINED) and piece
     ]
-    bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    own = {DIGIT: {"type": "Digits", "individual_digits": True}, GPT2_WORDS: {**bytes_, "use_regex": True}}
-    steps = [own.get(p) or _split(p) for p in words.patterns]
-    if words.patterns[-1] != GPT2_WORDS:
-        steps.append({**bytes_, "use_regex": False})
     parts = {
         "normalizer": {"type": words.normalizer} if words.normalizer else None,
-        "pre_tokenizer": steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps},
-        "decoder": {**bytes_, "add_prefix_space": True, "use_regex": True},
+        "pre_tokenizer": pre_tokenizer_of(words),
+        "decoder": {**_BYTES, "add_prefix_space": True, "use_regex": True},
         "model": _bpe(vocabulary, merges, ignore_merges=words.ignore_merges),
     }
     return _tokenizer(keys, marked, parts)
+
+
+def pre_tokenizer_of(words: Words) -> dict[str, Any]:
+    """The part of a ``tokenizer.json`` that cuts text this way."""
+    own = {DIGIT: {"type": "Digits", "individual_digits": True}, GPT2_WORDS: {**_BYTES, "use_regex": True}}
+    steps = [own.get(p) or _split(p) for p in words.patterns]
+    if words.patterns[-1] != GPT2_WORDS:
+        steps.append({**_BYTES, "use_regex": False})
+    return steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
 
 
 def _split(pattern: str) -> dict[str, Any]:

@@ -21,7 +21,9 @@ from bitmill.checkpoint.tokenizer_gguf import (
     UNUSED,
     USER_DEFINED,
     WORDS,
+    Words,
 )
+from bitmill.checkpoint.tokenizer_words import recognised
 from bitmill.core.errors import BadFile, Refused
 
 _BYTE_PIECE = re.compile(r"^<0x[0-9A-F]{2}>$")
@@ -29,7 +31,9 @@ _UNUSED_SCORE, _ADDED_SCORE = -10000.0, -1000.0
 _ELSEWHERE = "write a container of the safetensors kind, for example compressed-tensors"
 
 
-def gguf_keys(carried: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[str, Any]:
+def gguf_keys(
+    carried: Mapping[str, bytes], config: Mapping[str, Any], words: str | None = None
+) -> dict[str, Any]:
     """The keys ``tokenizer.*`` for the tokenizer in ``carried``; empty when there is none.
 
     Values are Python's own (``int`` for u32, ``float`` for f32, lists for arrays), ready for
@@ -39,6 +43,8 @@ def gguf_keys(carried: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[s
         carried: ``tokenizer.json`` and, when the model has them, ``tokenizer_config.json`` and
             ``chat_template.jinja``.
         config: the model's configuration: size of the vocabulary, token ids the tokenizer does not name.
+        words: llama.cpp's name of how a byte-level tokenizer cuts text into words, where the user knows
+            better; None recognises it.
 
     Raises:
         BadFile: the files are not what they claim to be.
@@ -59,7 +65,7 @@ def gguf_keys(carried: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[s
     if model.get("byte_fallback"):
         found = _sentencepiece(tokenizer, config)
     else:
-        found = _byte_level(tokenizer, config)
+        found = _byte_level(tokenizer, config, words)
     tokens = found["tokens"]
     found.update(_special_ids(tokenizer, options, config, tokens))
     found.update(_around(carried["tokenizer.json"], found))
@@ -101,28 +107,43 @@ def _pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [tuple(m.split(" ", 1)) if isinstance(m, str) else (m[0], m[1]) for m in merges]  # type: ignore[misc]
 
 
-def _byte_level(tokenizer: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    normalizer = (tokenizer.get("normalizer") or {}).get("type")
-    patterns = word_patterns(tokenizer.get("pre_tokenizer"))
-    words = next((w for w in WORDS if w.patterns == patterns), None)
-    if words is None or normalizer not in (None, words.normalizer):
-        raise Refused(
-            "llama.cpp would cut this tokenizer's text into other words: its pre-tokenizer "
-            f"{json.dumps(tokenizer.get('pre_tokenizer'))[:300]} with normalizer {normalizer} is none of "
-            f"{', '.join(w.name for w in WORDS)}",
-            where="tokenizer.json",
-            fix=_ELSEWHERE,
-        )
+def _byte_level(tokenizer: Mapping[str, Any], config: Mapping[str, Any], name: str | None) -> dict[str, Any]:
+    if name is None:
+        name = _words(tokenizer).name
     tokens, types = _table(tokenizer, config)
     types = [NORMAL if kind == BYTE else kind for kind in types]
     return {
         "model": "gpt2",
-        "pre": words.name,
+        "pre": name,
         "tokens": tokens,
         "token_type": types,
         "merges": [f"{left} {right}" for left, right in _pairs(tokenizer["model"])],
         "add_space_prefix": False,
     }
+
+
+def _words(tokenizer: Mapping[str, Any]) -> Words:
+    """How the tokenizer cuts text, by its patterns or else by what they do."""
+    normalizer = (tokenizer.get("normalizer") or {}).get("type")
+    asked = tokenizer.get("pre_tokenizer")
+    patterns = word_patterns(asked)
+    words = next((w for w in WORDS if w.patterns == patterns), None)
+    if words is None and isinstance(asked, dict):
+        try:
+            with _MalformedIsBadFile():
+                words = recognised(asked)
+        except BadFile:  # a part that the library cannot build by itself is none that is known here
+            words = None
+    if words is None or normalizer not in (None, words.normalizer):
+        raise Refused(
+            "llama.cpp would cut this tokenizer's text into other words: its pre-tokenizer "
+            f"{json.dumps(asked)[:300]} with normalizer {normalizer} does as none of "
+            f"{', '.join(w.name for w in WORDS)} does",
+            where="tokenizer.json",
+            fix="if llama.cpp has it under another name, give that: --pre-tokenizer NAME, or "
+            f"pre-tokenizer=NAME in the recipe; else {_ELSEWHERE}",
+        )
+    return words
 
 
 def word_patterns(pre_tokenizer: Any) -> tuple[str, ...] | None:

@@ -98,6 +98,15 @@ SplitSize = Annotated[
         help="GGUF: parts of at most this size, 500M or 2G, in a folder.", show_default=False,
     ),
 ]  # fmt: skip
+PreTokenizer = Annotated[
+    str | None,
+    typer.Option(
+        "--pre-tokenizer", metavar="NAME",
+        help="GGUF: llama.cpp's name of how text is cut into words (llama-bpe, qwen2), where it is not "
+        "recognised.",
+        show_default=False,
+    ),
+]  # fmt: skip
 SplitTensors = Annotated[
     int | None,
     typer.Option(

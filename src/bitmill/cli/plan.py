@@ -23,6 +23,7 @@ from bitmill.cli.options import (
     Model,
     Out,
     OutputType,
+    PreTokenizer,
     Pure,
     Recipe,
     Revision,
@@ -56,6 +57,7 @@ def plan(
     pure: Pure = False,
     split_max_size: SplitSize = None,
     split_max_tensors: SplitTensors = None,
+    pre_tokenizer: PreTokenizer = None,
     imatrix: ImatrixFiles = None,
     imatrix_missing: ImatrixMissing = "plain",
     revision: Revision = None,
@@ -76,9 +78,8 @@ def plan(
     from bitmill.source import open_source
 
     source = open_source(model, revision=revision)
-    types = Types(
-        tensor_type or (), output_tensor_type, token_embedding_type, pure, split_max_size, split_max_tensors
-    )
+    file = (split_max_size, split_max_tensors, pre_tokenizer)
+    types = Types(tensor_type or (), output_tensor_type, token_embedding_type, pure, *file)
     made = make_plan(
         wanted(recipe, keep or [], bits, group_size, types),
         source,

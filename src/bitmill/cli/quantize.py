@@ -28,6 +28,7 @@ from bitmill.cli.options import (
     MomentsFile,
     Out,
     OutputType,
+    PreTokenizer,
     Pure,
     Recipe,
     Resume,
@@ -71,6 +72,7 @@ def quantize(
     pure: Pure = False,
     split_max_size: SplitSize = None,
     split_max_tensors: SplitTensors = None,
+    pre_tokenizer: PreTokenizer = None,
     strict: Strict = False,
     force: Force = False,
     resume: Resume = True,
@@ -97,9 +99,8 @@ def quantize(
     from bitmill.planning import plan as make_plan
     from bitmill.source import open_source
 
-    types = Types(
-        tensor_type or (), output_tensor_type, token_embedding_type, pure, split_max_size, split_max_tensors
-    )
+    file = (split_max_size, split_max_tensors, pre_tokenizer)
+    types = Types(tensor_type or (), output_tensor_type, token_embedding_type, pure, *file)
     recipe_ = wanted(recipe, keep or [], bits, group_size, types)
     if out is None and not dry_run:
         raise Refused("no output is named", fix="add -o, for example: -o out.gguf")

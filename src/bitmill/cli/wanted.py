@@ -35,6 +35,7 @@ class Types:
         output, embedding: types of the head and of the embedding.
         pure: one type for all.
         split_size, split_tensors: the most that a part of the output may hold.
+        pre_tokenizer: how text is cut into words.
     """
 
     tensors: Sequence[str] = ()
@@ -43,6 +44,7 @@ class Types:
     pure: bool = False
     split_size: str | None = None
     split_tensors: int | None = None
+    pre_tokenizer: str | None = None
 
 
 def wanted(
@@ -82,7 +84,7 @@ def wanted(
 
 def _typed(recipe: Recipe, types: Types) -> Recipe:
     from bitmill.core.registry import parse_grid
-    from bitmill.recipe import size_of, tensor_type
+    from bitmill.recipe import pre_tokenizer, size_of, tensor_type
 
     said = {"embed": types.embedding, "head": types.output}
     roles = {role: str(parse_grid(grid)) for role, grid in said.items() if grid is not None}
@@ -100,11 +102,13 @@ def _typed(recipe: Recipe, types: Types) -> Recipe:
                 f"--tensor-type {word!r} names no type", fix="write REGEX=TYPE, e.g. ffn_down=q6_k"
             )
         tensors.append(tensor_type(pattern, kind))
+    words = None if types.pre_tokenizer is None else pre_tokenizer(types.pre_tokenizer)
     size = None if types.split_size is None else size_of(types.split_size)
     return replace(
         recipe,
         split_max_size=size or recipe.split_max_size,
         split_max_tensors=types.split_tensors or recipe.split_max_tensors,
+        pre_tokenizer=words or recipe.pre_tokenizer,
         roles=tuple({**dict(recipe.roles), **roles}.items()),
         tensors=(*tensors, *recipe.tensors),
         pure=recipe.pure or types.pure,

@@ -112,10 +112,12 @@ class Gguf(Container):
 
     Attributes:
         split: the most that a part may hold; None for one file.
+        pre_tokenizer: llama.cpp's name of how text is cut into words; None recognises it.
     """
 
     single_file: ClassVar[bool] = True
     split: Split | None = None
+    pre_tokenizer: str | None = None
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
@@ -167,7 +169,7 @@ class Gguf(Container):
         ordered = sorted(rows, key=lambda r: (r.layer is not None, r.layer or 0, r.name))
         planned = _stacked([p for row in ordered for p in _planned(row, arch)], source)
         first = [Planned(n, tuple(t.shape), blocks.TYPES["f32"].id, t.nbytes) for n, t in extras.items()]
-        keys = {**_model_keys(source, arch), **_quantization_keys(rows)}
+        keys = {**_model_keys(source, arch, self.pre_tokenizer), **_quantization_keys(rows)}
         keys.update({f"bitmill.{name}": encoded(text) for name, text in notes.items()})
         if self.split is None:
             return (_image("", keys, [*first, *planned], extras),)
@@ -294,11 +296,13 @@ def _extras(source: Checkpoint) -> Mapping[str, torch.Tensor]:
     return rope_tensors(source.config)
 
 
-def _model_keys(source: Checkpoint, arch: Architecture) -> dict[str, bytes]:
+def _model_keys(source: Checkpoint, arch: Architecture, words: str | None) -> dict[str, bytes]:
     """Everything about the model: copied from a GGUF source as it stands there, built for any other."""
     if isinstance(source, GgufCheckpoint):
         kept = {k: v for k, v in source.file.raw_keys.items() if not k.startswith(_NOT_COPIED)}
         kept.pop("general.alignment", None)
+        if words is not None and "tokenizer.ggml.model" in kept:
+            kept["tokenizer.ggml.pre"] = encoded(words)
         return kept
     keys = {
         "general.architecture": arch.name,
@@ -306,7 +310,7 @@ def _model_keys(source: Checkpoint, arch: Architecture) -> dict[str, bytes]:
         "general.name": _model_name(source) or arch.name,
         "general.size_label": _size_label(sum(prod(f.shape) for f in source.tensors.values())),
         **keys_of(source.config, arch),
-        **gguf_keys(source.carried, source.config),
+        **gguf_keys(source.carried, source.config, words),
     }
     return {name: encoded(value) for name, value in keys.items()}
 
