@@ -263,6 +263,12 @@ def test_position_scalings_travel(kind: str, tmp_path: Path) -> None:
     assert back.config["rope_parameters"] == rope
     ids = tokens(1, 96)
     assert torch.allclose(logits(back, ids), logits(source, ids), atol=1e-5)
+    if "longrope" in kind:  # an original length of one token has no logarithm to divide by
+        data, key = (tmp_path / "out.gguf").read_bytes(), b"rope.scaling.original_context_length"
+        at = data.index(key) + len(key) + 4
+        (tmp_path / "one.gguf").write_bytes(data[:at] + b"\1\0\0\0" + data[at + 4 :])
+        one = GgufCheckpoint(tmp_path / "one.gguf").config["rope_parameters"]
+        assert one["original_max_position_embeddings"] == 1
     assert any("--yarn-beta-fast 16" in r for r in plan(parse("f16"), back).remarks) == ("betas" in kind)
     write(back, tmp_path / "again.gguf", "f32")
     assert GgufCheckpoint(tmp_path / "again.gguf").config == back.config

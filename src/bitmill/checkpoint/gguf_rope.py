@@ -171,7 +171,7 @@ def _longrope_attention(rope: Mapping[str, Any], config: Mapping[str, Any]) -> f
         return float(rope["attention_factor"])
     original = int(rope["original_max_position_embeddings"])
     factor = float(rope.get("factor") or int(config["max_position_embeddings"]) / original)
-    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
 
 
 def _yarn_attention(rope: Mapping[str, Any]) -> float | None:
