@@ -12,6 +12,7 @@ from bitmill.core import registry
 from bitmill.core.axes import Grid, VectorGrid
 from bitmill.core.types import Moments, Problem
 from bitmill.numerics.descent import descend
+from bitmill.numerics.points import round_points
 from bitmill.solvers.gptq import Gptq
 
 GRIDS = [grid for cls in registry.members("grids").values() for grid in cls.examples()]
@@ -113,7 +114,9 @@ def test_weights_of_columns_decide_which_vector_is_nearest(grid: VectorGrid):
     w, rng = w[:, :256], torch.Generator().manual_seed(1)
     params = grid.fit(w)
     u = torch.rand(256, generator=rng) ** 6 * 50 + 1e-3
-    value = grid.decode(grid.encode_weighted(w, params, 0, u), params)
+    value, upper = w.clone(), torch.diag(u.rsqrt())
+    round_points(value, upper, grid.points_of(params, 0, 256))
+    assert torch.equal(grid.decode(grid.encode(value, params), params), value)
     cost = (u * (value - w).square()).unfold(1, 8, 8).sum(-1)
     plain = grid.decode(grid.encode(w, params), params)
     assert (cost <= (u * (plain - w).square()).unfold(1, 8, 8).sum(-1) * (1 + 1e-5)).all()

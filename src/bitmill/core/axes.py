@@ -97,12 +97,34 @@ class Grid(ABC):
         be stored with; float32."""
 
 
+@dataclass(frozen=True, eq=False)
+class Points:
+    """Vectors of eight columns: ``step · (level + shift)`` a coordinate, with a sign where signs are apart.
+
+    Attributes:
+        step, shift: float32 ``out vectors``; a vector of step 0 is all zeros.
+        either: whether the opposite shift may be taken as well.
+        levels: values of the levels, float32.
+        halves: ``· 4`` uint8, the level of each coordinate of half a vector.
+        points: int64 rows of ``halves``: ``points 2``, or ``points 1`` where each half has its own point.
+        signs: ``free``, ``even`` in number, or ``none`` (levels have their own).
+    """
+
+    step: Tensor
+    shift: Tensor
+    either: bool
+    levels: Tensor
+    halves: Tensor
+    points: Tensor
+    signs: str
+
+
 class VectorGrid(Grid):
-    """A grid of vectors whose nearest one can be asked for in a metric of one's own."""
+    """A grid of vectors from a list of points: rounding is a search in that list."""
 
     @abstractmethod
-    def encode_weighted(self, w: Tensor, params: Params, at: int, weights: Tensor) -> Tensor:
-        """As :meth:`encode`, with a weight for the squared error of each column (``columns``)."""
+    def points_of(self, params: Params, at: int, columns: int) -> Points:
+        """The points of these columns; ``at`` and ``columns`` are multiples of eight."""
 
 
 class ScalarGrid(Grid):

@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitmill.core.axes import VectorGrid
+from bitmill.core.axes import Points, VectorGrid
 from bitmill.core.types import Params, Quantized
 from bitmill.numerics import ggml_thirds as thirds
 from bitmill.numerics import ggml_vectors as vectors
 from bitmill.numerics.blocks import TYPES
-from bitmill.numerics.codebook_nearest import EVEN, FREE, NONE, nearest_points
 from bitmill.numerics.ggml_codebooks import codebook
 from bitmill.numerics.ggml_rows import blocks_of, check, half, in_threads, mean_squares, stored
 from bitmill.numerics.iquant_layout import parity
+from bitmill.numerics.points import nearest
 
 
 class _Kind(NamedTuple):
@@ -38,17 +38,17 @@ class _Kind(NamedTuple):
     rung: float = 0.0
     again: int = vectors.OFF
     untold: int | None = None
-    signs: int = FREE
+    signs: str = "free"
     fitted: bool = False
 
 
 _KINDS = {
-    "iq1_s": _Kind(32, 2, 1e-12, 1.125, signs=NONE),
-    "iq1_m": _Kind(16, 2, 1e-7, 1.1125, untold=vectors.SQUARED, signs=NONE),
-    "iq2_xxs": _Kind(32, 1, 1e-15, 1.0, 6, 0.1, vectors.ALWAYS, None, EVEN, fitted=True),
-    "iq2_xs": _Kind(16, 1, 1e-15, 1.0, 9, 0.1, signs=EVEN),
+    "iq1_s": _Kind(32, 2, 1e-12, 1.125, signs="none"),
+    "iq1_m": _Kind(16, 2, 1e-7, 1.1125, untold=vectors.SQUARED, signs="none"),
+    "iq2_xxs": _Kind(32, 1, 1e-15, 1.0, 6, 0.1, vectors.ALWAYS, None, "even", fitted=True),
+    "iq2_xs": _Kind(16, 1, 1e-15, 1.0, 9, 0.1, signs="even"),
     "iq2_s": _Kind(16, 2, 1e-8, 0.9875, 9, 0.1, untold=vectors.SQUARED_AND_POWER),
-    "iq3_xxs": _Kind(32, 2, 1e-8, 1.0125, 15, 0.2, untold=vectors.SQUARED, signs=EVEN),
+    "iq3_xxs": _Kind(32, 2, 1e-8, 1.0125, 15, 0.2, untold=vectors.SQUARED, signs="even"),
     "iq3_s": _Kind(32, 2, 1e-45, 1.033, 9, 0.2, vectors.ALL_IF_OFF, vectors.SQUARED),
 }
 _LARGEST = 65504.0 * 15 * 5
@@ -115,27 +115,30 @@ class IQuant(VectorGrid):
 
     def encode(self, w: Tensor, params: Params, at: int = 0) -> Tensor:
         """``at`` and the width of ``w`` are multiples of 8. Where a scale is 0 the code is 0."""
-        return self.encode_weighted(w, params, at, w.new_ones(w.shape[1]))
-
-    def encode_weighted(self, w: Tensor, params: Params, at: int, weights: Tensor) -> Tensor:
-        groups, device = w.shape[1] // 8, w.device
-        x, step, u = blocks_of(w, 8), _flat(self._steps(params, at, groups)), blocks_of(weights, 8)
-        if self.type == "iq1_m":  # the shift is each group's own
-            up, down = (self._shifted(x, step, u, np.full(len(x), k, np.float32)) for k in (0, 1))
-            codes = np.where(down[1] < up[1], down[0] | 1 << 11, up[0])
-        elif self.type == "iq1_s":
-            codes, _ = self._shifted(x, step, u, _flat(params["down"][:, _serving(at, groups, 32)]))
-        else:
-            first, second, minus = self._nearest(x, step, u, np.zeros(len(x), np.float32))
+        points = self.points_of(params, at, w.shape[1])
+        first, second, minus, down = nearest(w, w.new_ones(w.shape[1]), points)
+        codes = first | down << 11
+        if self._kind.signs != "none":
             codes = first | second << 9 | minus << _INDEX_BITS[codebook(self.type).width]
-        return torch.from_numpy(codes.astype(np.int32).reshape(w.shape[0], groups)).to(device)
+        return codes.to(torch.int32).to(w.device)
+
+    def points_of(self, params: Params, at: int, columns: int) -> Points:
+        halves, points = _halves(self.type)
+        step = self._steps(params, at, columns // 8)
+        shift = torch.zeros_like(step)
+        if self._kind.signs == "none":
+            shift += thirds.SHIFT
+        if self.type == "iq1_s":
+            shift -= 2 * thirds.SHIFT * params["down"][:, _serving(at, columns // 8, 32)]
+        levels = torch.from_numpy(codebook(self.type).values)
+        return Points(step, shift, self.type == "iq1_m", levels, halves, points, self._kind.signs)
 
     def decode(self, codes: Tensor, params: Params, at: int = 0) -> Tensor:
         groups = codes.shape[1]
         step = self._steps(params, at, groups)[..., None]
         book = codebook(self.type)
         levels = torch.from_numpy(book.values)[torch.from_numpy(book.points).long()].to(codes.device)
-        if self._kind.signs == NONE:
+        if self._kind.signs == "none":
             down = codes >> 11 if self.type == "iq1_m" else params["down"][:, _serving(at, groups, 32)]
             shift = thirds.SHIFT - 2 * thirds.SHIFT * down.to(torch.float32)
             return (step * (levels[(codes & 2047).long()] + shift[..., None])).flatten(1)
@@ -158,7 +161,7 @@ class IQuant(VectorGrid):
         told = None if importance is None else blocks_of(importance, 256)
         if told is None and self._kind.untold is None:
             told = np.ones((1, 256), np.float32)
-        codes, params = (self._thirds if self._kind.signs == NONE else self._vectors)(x, told)
+        codes, params = (self._thirds if self._kind.signs == "none" else self._vectors)(x, told)
         out = w.shape[0]
         shaped = {name: torch.from_numpy(p.reshape(out, -1)).to(w.device) for name, p in params.items()}
         on_grid = torch.from_numpy(codes.astype(np.int32).reshape(out, -1)).to(w.device)
@@ -168,7 +171,7 @@ class IQuant(VectorGrid):
         return ("scales", "d")
 
     def stored_scale(self, name: str, values: Tensor) -> Tensor:
-        top = 7 if self._kind.signs == NONE else 15
+        top = 7 if self._kind.signs == "none" else 15
         return half(values) if name == "d" else values.round().clamp(0, top)
 
     @property
@@ -181,26 +184,6 @@ class IQuant(VectorGrid):
         scale = scale[:, _serving(at, groups, self._kind.run)]
         return d * (2 * scale + 1)
 
-    def _shifted(
-        self, x: np.ndarray, step: np.ndarray, u: np.ndarray, down: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Codes of the nearest points of levels that are shifted, and their weighted squared errors."""
-        book, shift = codebook(self.type), np.float32(thirds.SHIFT) * (1 - 2 * down)
-        code, _, _ = self._nearest(x, step, u, shift)
-        reached = step[:, None] * (book.values[book.points[code]] + shift[:, None])
-        return code, (np.square(reached - x).reshape(-1, *u.shape) * u).sum(-1).reshape(-1)
-
-    def _nearest(
-        self, x: np.ndarray, step: np.ndarray, u: np.ndarray, shift: np.ndarray
-    ) -> tuple[np.ndarray, ...]:
-        """Indices of the points (of the second halves' points too) and signs; rows of ``u`` repeat."""
-        halves, points = _halves(self.type)
-        found = tuple(np.empty(len(x), np.int64) for _ in range(3))
-        values, signs = codebook(self.type).values, self._kind.signs
-        kernel = (x, step, u, shift, values, halves, points, signs, *found)
-        in_threads(nearest_points, len(x), *kernel, grain=1 << 11)
-        return found
-
     def _vectors(self, x: np.ndarray, told: np.ndarray | None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         kind, book = self._kind, codebook(self.type)
         runs = x.reshape(-1, kind.run)
@@ -212,13 +195,13 @@ class IQuant(VectorGrid):
         in_threads(
             vectors.point_runs, -(-len(runs) // vectors.LANES), runs,
             kind.untold if told is None else vectors.TOLD, weights, power, 256 // kind.run,
-            kind.signs == EVEN, kind.rungs, np.float32(kind.rung), kind.fitted, kind.again,
+            kind.signs == "even", kind.rungs, np.float32(kind.rung), kind.fitted, kind.again,
             np.float32(kind.quiet), book.place, book.first, book.near, book.cells, book.points, index, signs,
             scale,
         )  # fmt: skip
         d, scales = np.empty(len(x), np.float32), np.empty((len(x), 256 // kind.run), np.uint8)
         index, signs = index.reshape(len(x), -1), signs.reshape(len(x), -1)
-        wipe = kind.signs == EVEN
+        wipe = kind.signs == "even"
         in_threads(
             vectors.point_scales, len(x), scale.reshape(len(x), -1), 15, np.float32(kind.fudge), wipe, d,
             scales, index, signs,
@@ -256,21 +239,18 @@ class IQuant(VectorGrid):
         return index | down << 11, {"d": stored(d), "scales": scales}
 
 
-def _flat(values: Tensor) -> np.ndarray:
-    return values.reshape(-1).to("cpu", torch.float32).numpy()
-
-
 def _serving(at: int, groups: int, length: int) -> Tensor:
     """Which parameter serves each eight columns from column ``at`` when one serves ``length`` of them."""
     return (at + 8 * torch.arange(groups)) // length
 
 
 @cache
-def _halves(type: str) -> tuple[np.ndarray, np.ndarray]:
+def _halves(type: str) -> tuple[Tensor, Tensor]:
     """Levels of the tuples of four coordinates that occur, and each point as one or two of them."""
     book = codebook(type)
     if book.width == 4:
-        return book.points, np.arange(len(book.points))[:, None]
+        return torch.from_numpy(book.points), torch.arange(len(book.points))[:, None]
     tuples = np.stack(np.unravel_index(np.arange(book.levels**4), (book.levels,) * 4), 1).astype(np.uint8)
     quads = book.points.reshape(len(book.points), 2, 4).astype(np.int64)
-    return tuples, (quads * book.levels ** np.arange(3, -1, -1)).sum(-1)
+    numbers = (quads * book.levels ** np.arange(3, -1, -1)).sum(-1)
+    return torch.from_numpy(tuples), torch.from_numpy(numbers)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bitmill.core.axes import Affine, AffineGrid, Grid, LevelGrid, Levels, VectorGrid
 from bitmill.core.types import Params
+from bitmill.numerics.points import move_points
 from bitmill.numerics.search import by_rows
 
 _Array = NDArray[np.float32]
@@ -85,6 +86,8 @@ def _move(now: Tensor, pull: Tensor, params: Params, grid: Grid, near: Tensor, c
         _move_known(now, pull, near, grid.affine(params, columns))
     elif isinstance(grid, LevelGrid):
         _move_known(now, pull, near, grid.levels_of(params, columns, len(now)))
+    elif isinstance(grid, VectorGrid):
+        move_points(now, pull, near, grid.points_of(params, int(columns[0]), len(columns)))
     else:
         _move_spans(now, pull, params, grid, near, int(columns[0]))
 
@@ -96,11 +99,7 @@ def _move_spans(now: Tensor, pull: Tensor, params: Params, grid: Grid, near: Ten
         b = a + width
         mine = near[a:b, a:b]
         wish = pull[:, a:b] @ torch.linalg.inv(mine)
-        if isinstance(grid, VectorGrid):
-            codes = grid.encode_weighted(now[:, a:b] + wish, params, first + a, mine.diagonal())
-        else:
-            codes = grid.encode(now[:, a:b] + wish, params, first + a)
-        found = grid.decode(codes, params, first + a)
+        found = grid.decode(grid.encode(now[:, a:b] + wish, params, first + a), params, first + a)
         step = found - now[:, a:b]
         gain = (step * (2 * pull[:, a:b] - step @ mine)).sum(1)
         step = torch.where((gain > 0)[:, None], step, 0.0)

@@ -4,18 +4,19 @@ arXiv 2210.17323); on grids of vectors it is LDLQ (Chee et al., arXiv 2307.13304
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
-from bitmill.core.axes import Affine, AffineGrid, Grid, LevelGrid, Levels, Solver, VectorGrid
+from bitmill.core.axes import AffineGrid, Grid, LevelGrid, Points, Solver, VectorGrid
 from bitmill.core.errors import Refused
 from bitmill.core.types import Moments, Note, Params, Problem, Quantized, Solution
 from bitmill.numerics.descent import descend
 from bitmill.numerics.factor import Factor, upper_inverse_factor
 from bitmill.numerics.feedback import round_block
+from bitmill.numerics.points import round_points
 
 
 @final
@@ -85,11 +86,7 @@ class Gptq(Solver):
             last = min(first + block, w.shape[1])
             now, columns = ahead[:, first:last].contiguous(), order[first:last]
             pivots = upper[first:last, first:last]
-            known = None if w.is_cuda else _values_of(grid, params, columns, len(w))
-            if known is not None:
-                errors = round_block(now, pivots, known)
-            else:
-                errors = round_spans(now, pivots, grid, params, columns)
+            errors = _round(now, pivots, grid, params, columns)
             ahead[:, first:last] = now
             ahead[:, last:].addmm_(errors, upper[first:last, last:], alpha=-1)
         values = ahead.index_select(1, order.argsort())
@@ -99,11 +96,24 @@ class Gptq(Solver):
         return Quantized(grid, grid.encode(values, params), params, (w.shape[0], w.shape[1]))
 
 
-def _values_of(grid: Grid, params: Params, columns: Tensor, rows: int) -> Affine | Levels | None:
-    """What some columns can hold, for grids simple enough to say so; the others round span by span."""
+def _round(x: Tensor, upper: Tensor, grid: Grid, params: Params, columns: Tensor) -> Tensor:
+    """Put a block of columns on the grid by the loop that suits it; see :func:`round_spans`."""
+    if x.is_cuda:
+        return round_spans(x, upper, grid, params, columns)
     if isinstance(grid, AffineGrid):
-        return grid.affine(params, columns)
-    return grid.levels_of(params, columns, rows) if isinstance(grid, LevelGrid) else None
+        return round_block(x, upper, grid.affine(params, columns))
+    if isinstance(grid, LevelGrid):
+        return round_block(x, upper, grid.levels_of(params, columns, len(x)))
+    if isinstance(grid, VectorGrid):
+        return round_points(x, upper, _points_of(grid, params, columns))
+    return round_spans(x, upper, grid, params, columns)
+
+
+def _points_of(grid: VectorGrid, params: Params, columns: Tensor) -> Points:
+    """Points of columns whose spans come in any order."""
+    spans = columns[:: grid.span[1]] // grid.span[1]
+    whole = grid.points_of(params, 0, params["d"].shape[1] * grid.block[1])
+    return replace(whole, step=whole.step[:, spans], shift=whole.shift[:, spans])
 
 
 def round_spans(x: Tensor, upper: Tensor, grid: Grid, params: Params, columns: Tensor) -> Tensor:
@@ -117,12 +127,7 @@ def round_spans(x: Tensor, upper: Tensor, grid: Grid, params: Params, columns: T
     for first in range(0, x.shape[1], width):
         last, at = first + width, int(columns[first])
         now, pivot = x[:, first:last], upper[first:last, first:last]
-        if isinstance(grid, VectorGrid):
-            root = torch.linalg.solve_triangular(pivot, torch.eye(width, device=x.device), upper=True)
-            codes = grid.encode_weighted(now, params, at, root.square().sum(1))
-        else:
-            codes = grid.encode(now, params, at)
-        value = grid.decode(codes, params, at)
+        value = grid.decode(grid.encode(now, params, at), params, at)
         if width == 1:
             error = (now - value) / pivot[0, 0]
         else:
