@@ -14,7 +14,7 @@ AXES = ("transforms", "grids", "solvers", "allocation", "containers")
 _BASE = {"core"}
 _NUMERIC = _BASE | {"numerics"}
 _FACTS = _NUMERIC | {"families", "checkpoint"}
-_PLANNED = _FACTS | {"recipe", "source", "calibrate", *AXES}
+_PLANNED = _FACTS | {"recipe", "source", "calibrate", "forecast", *AXES}
 _MILLED = _PLANNED | {"planning", "journal", "folding", "account"}
 
 ARROWS: dict[str, set[str]] = {
@@ -31,14 +31,16 @@ ARROWS: dict[str, set[str]] = {
     "containers": _FACTS | {"grids"},
     "source": _FACTS,
     "recipe": _NUMERIC | {"allocation"},
+    "forecast": _BASE,
     "journal": _BASE,
     "planning": _PLANNED,
+    "budgeting": _PLANNED | {"planning"},
     "account": _BASE,
     "walk": _MILLED,
     "mill": _MILLED | {"walk"},
     "run": _FACTS | {"source"},
     "measurement": _MILLED | {"mill", "run"},
-    "cli": _MILLED | {"mill", "run", "measurement"},
+    "cli": _MILLED | {"mill", "run", "measurement", "budgeting"},
     "": set(),  # bitmill/__init__.py names modules as text, and imports none
 }
 """Who may import whom, by the first name under ``bitmill``."""

@@ -29,12 +29,10 @@ from bitmill.core.axes import Allocation, Checkpoint, Choice, Container, Grid, W
 from bitmill.core.errors import Refused
 from bitmill.core.types import FileImage, Row, TensorFacts
 from bitmill.families.base import LINEAR_ROLES, Family, describe, is_expert, traits
+from bitmill.forecast import cost
 from bitmill.recipe import Recipe
 
 BYTES = {"f32": 4, "f16": 2, "bf16": 2}
-BASE_BYTES = 450 << 20  # an interpreter with torch, transformers and numba loaded
-RATE = 90e9  # float32 operations a second a core of a 2024 server; modelled, replaced by nothing measured yet
-STAGED_BYTES = 5 << 28  # 1.25 GiB of activations may be alive at once in a one-pass walk
 MATRIX = 2
 
 
@@ -242,7 +240,7 @@ def plan(
     if out is not None:
         _refuse_folder(out, total_bytes(files))
     calibration = (nsamples, seqlen) if needs != "nothing" else (0, 0)
-    peak, seconds = _cost(rows, checkpoint.config, needs, *calibration)
+    peak, seconds = cost(rows, checkpoint.config, solver, needs, *calibration)
     return Plan(
         recipe,
         family,
@@ -266,15 +264,6 @@ def source_dtype(checkpoint: Checkpoint) -> str:
         if len(fact.shape) == MATRIX:
             sizes[fact.dtype] += math.prod(fact.shape)
     return sizes.most_common(1)[0][0] if sizes else "f32"
-
-
-def staged_bytes(config: Mapping[str, Any], tokens: int) -> int:
-    """Activations alive at once when a whole block sees every calibration token in one pass."""
-    width, middle = (
-        int(config["hidden_size"]),
-        int(config.get("intermediate_size") or 4 * config["hidden_size"]),
-    )
-    return tokens * (6 * width + 3 * middle) * 4
 
 
 def _needs_own_head(recipe: Recipe, family: Family, facts: Mapping[str, TensorFacts]) -> bool:
@@ -468,32 +457,6 @@ def _refuse_folder(out: Path, bytes_: int) -> None:
             where=str(folder),
             fix="free some space, or choose another -o",
         )
-
-
-def _cost(
-    rows: Sequence[Row], config: Mapping[str, Any], needs: str, nsamples: int, seqlen: int
-) -> tuple[int, float]:
-    """Peak bytes and seconds of the walk, from shapes alone."""
-    blocks: Counter[int] = Counter()
-    for row in rows:
-        if row.layer is not None:
-            blocks[row.layer] += math.prod(row.shape)
-    block = 4 * max(blocks.values(), default=0)
-    matrices = [row for row in rows if row.solved]
-    widest = max((row.shape[1] for row in matrices), default=0)
-    largest = max((math.prod(row.shape) for row in matrices), default=0)
-    cores = os.cpu_count() or 1
-    weights = sum(math.prod(row.shape) for row in matrices)
-    if needs == "nothing":
-        return BASE_BYTES + 16 * min(largest, 1 << 26), 2.0 + weights / (4e6 * cores)
-    tokens = nsamples * seqlen
-    hidden = 2 * tokens * int(config["hidden_size"]) * 4
-    activations = min(staged_bytes(config, tokens), STAGED_BYTES)
-    grams = 4 * 4 * widest * widest if needs == "gram" else 0
-    layers = max(len(blocks), 1)
-    operations = 4 * weights * tokens + (2 * tokens * 3 * widest * widest * layers if needs == "gram" else 0)
-    solving = sum(2 * math.prod(row.shape) * row.shape[1] for row in matrices) if needs == "gram" else 0
-    return BASE_BYTES + block + hidden + activations + grams, 5.0 + (operations + solving) / (RATE * cores)
 
 
 def _minutes(seconds: float) -> str:

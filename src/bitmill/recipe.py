@@ -3,6 +3,7 @@ r"""A recipe: what the user wants, in one line that reads as the sentence it is.
     awq + gptq(damp=0.01) : int4-g128-asym > compressed-tensors
     nearest : Q4_K_M > gguf
     gptq : q4_0, embed=q8_0, keep=v+down > gguf
+    best : Q4_K_M > gguf
     nearest : Q4_K_M, /blk\.[0-3]\.ffn_down/=q8_0 > gguf
 
 ``transforms + solver : grid-or-mixture, options > container``. Parsing and printing round-trip; known names
@@ -75,6 +76,11 @@ KNOWN: Mapping[str, str] = {
     "hf-bf16": "nearest : bf16 > safetensors",
 }
 """Names people already use, in lower case with ``-``, and the recipe each stands for."""
+
+
+PRESETS: Mapping[str, str] = {"best": "gptq(sweeps=4)", "fast": "nearest"}
+"""What stands before the colon in ``best : Q4_K_M``: the least loss that the project knows how to reach in
+the same bytes, and no calibration at all. What ``best`` means follows the evidence and may change."""
 
 
 _NOT_EVERYWHERE = (
@@ -276,7 +282,7 @@ def _parse_line(text: str, known: Mapping[str, str]) -> Recipe:
             close = difflib.get_close_matches(text.lower().replace("_", "-"), known, n=2)
             hint = f"did you mean {' or '.join(close)}?" if close else "see `bitmill recipes`"
             raise BadRecipe(f"no recipe or grid is called {text!r}", fix=hint)
-    calls = [_call(part) for part in _split(axes, "+")]
+    calls = [_call(part) for part in _split(PRESETS.get(axes.strip().lower(), axes), "+")]
     *transforms, solver = calls
     for call in transforms:
         make("transforms", call)

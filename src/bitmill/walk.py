@@ -26,8 +26,9 @@ from bitmill.core.errors import Refused, Unsolvable
 from bitmill.core.types import Moments, Note, Problem, Quantized, Row
 from bitmill.families.base import head_dim, traits
 from bitmill.folding import FixedFold, fold_diagonal
+from bitmill.forecast import STAGED_BYTES, staged_bytes
 from bitmill.journal import Workspace
-from bitmill.planning import STAGED_BYTES, Plan, staged_bytes
+from bitmill.planning import Plan
 
 Progress = Callable[[str, int, int, str], None]
 CHUNK = 1 << 24  # weights converted to float32 at a time outside the blocks: 64 MiB

@@ -270,6 +270,11 @@ class Solver(ABC):
     def prefers(self, text: str) -> str:
         """The spelling of a grid name this solver means when the recipe leaves it open."""
 
+    @property
+    @abstractmethod
+    def passes(self) -> int:
+        """How often it goes over a weight and its Gram matrix: what its time is proportional to."""
+
     @abstractmethod
     def solve(self, problems: Sequence[Problem], grids: Sequence[Grid]) -> list[Solution]:
         """One solution a problem. The problems share their input, hence their moments."""

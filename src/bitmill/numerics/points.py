@@ -105,6 +105,12 @@ def _known(points: Points) -> Any:
 
 
 @_compiled
+def _buffers(tuples: int) -> tuple[_Floats, _Floats, _Ints]:
+    """Errors of half tuples (four rows, and eight for those of single levels), a vector's value, its code."""
+    return np.empty((12, max(tuples, 8)), np.float32), np.empty(8, np.float32), np.empty(4, np.int64)
+
+
+@_compiled
 def _encode_rows(
     first: int,
     last: int,
@@ -119,7 +125,7 @@ def _encode_rows(
     points: _Ints,
     signs: int,
 ) -> None:
-    cost, value, code = np.empty((4, len(halves)), np.float32), np.empty(8, np.float32), np.empty(4, np.int64)
+    cost, value, code = _buffers(len(halves))
     for r in range(first, last):
         for v in range(step.shape[1]):
             part, u = x[r, 8 * v : 8 * v + 8], weight[8 * v : 8 * v + 8]
@@ -145,7 +151,7 @@ def _round_rows(
     signs: int,
 ) -> None:
     columns = ahead.shape[1]
-    cost, value, code = np.empty((4, len(halves)), np.float32), np.empty(8, np.float32), np.empty(4, np.int64)
+    cost, value, code = _buffers(len(halves))
     for r in range(first, last):
         row, errors = ahead[r], left[r]
         for v in range(step.shape[1]):
@@ -182,7 +188,7 @@ def _move_rows(
     signs: int,
 ) -> None:
     columns = now.shape[1]
-    cost, value, code = np.empty((4, len(halves)), np.float32), np.empty(8, np.float32), np.empty(4, np.int64)
+    cost, value, code = _buffers(len(halves))
     wanted, weight, change = np.empty(8, np.float32), np.empty(8, np.float32), np.empty(8, np.float32)
     for r in range(first, last):
         row, wish = now[r], pull[r]
@@ -276,7 +282,7 @@ def _search(
     for half in range(2):
         _costs(
             x[4 * half : 4 * half + 4], weight[4 * half : 4 * half + 4], step, shift, levels, halves, signs,
-            odd == 1, cost[half], cost[2 + half],
+            odd == 1, cost[half], cost[2 + half], cost[4:8], cost[8:],
         )  # fmt: skip
     if points.shape[1] == 2:
         return _of_eight(cost, points, odd == 1)
@@ -295,9 +301,11 @@ def _costs(
     odd: bool,
     cost: _Floats,
     turned: _Floats,
+    miss: _Floats,
+    more: _Floats,
 ) -> None:
-    """Squared error of every half tuple, and with the cheapest sign turned if that will be asked."""
-    miss, more = np.empty((4, 8), np.float32), np.empty((4, 8), np.float32)
+    """Squared error of every half tuple, and with the cheapest sign turned if that will be asked; the last
+    two arguments are room for those of single levels."""
     for i in range(4):
         value = x[i] if signs == _NONE else abs(x[i])
         for q in range(len(levels)):

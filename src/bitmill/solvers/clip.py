@@ -48,6 +48,11 @@ class Clip(Solver):
         """Names are taken as they are."""
         return text
 
+    @property
+    def passes(self) -> int:
+        """One for every range that is tried."""
+        return 1 + self.points
+
     def solve(self, problems: Sequence[Problem], grids: Sequence[Grid]) -> list[Solution]:
         """Each weight by itself.
 

@@ -58,6 +58,11 @@ class Gptq(Solver):
         """Names are taken as they are."""
         return text
 
+    @property
+    def passes(self) -> int:
+        """A sweep is a pass over all columns, and one inside each block of them."""
+        return 1 + 2 * self.sweeps
+
     def solve(self, problems: Sequence[Problem], grids: Sequence[Grid]) -> list[Solution]:
         """One factorization for each width of vector serves all problems; they share their input.
 

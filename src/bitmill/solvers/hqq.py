@@ -61,6 +61,11 @@ class Hqq(Solver):
         """Real zero points, where the name leaves them open."""
         return _OPEN.sub(r"\1-fz\2", text) if _OPEN.fullmatch(text) else text
 
+    @property
+    def passes(self) -> int:
+        """One."""
+        return 1
+
     def solve(self, problems: Sequence[Problem], grids: Sequence[Grid]) -> list[Solution]:
         """Each weight by itself; moments are not looked at.
 

@@ -28,6 +28,11 @@ class Nearest(Solver):
         """Names are taken as they are."""
         return text
 
+    @property
+    def passes(self) -> int:
+        """One."""
+        return 1
+
     def solve(self, problems: Sequence[Problem], grids: Sequence[Grid]) -> list[Solution]:
         """The grid's own rounding of each weight."""
         return [

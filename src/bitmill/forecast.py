@@ -1,0 +1,63 @@
+"""What a run will take, from shapes alone: memory, and time on this machine's cores. Modelled."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bitmill.core.axes import Solver, VectorGrid
+from bitmill.core.types import Row
+
+BASE_BYTES = 450 << 20  # an interpreter with torch, transformers and numba loaded
+STAGED_BYTES = 5 << 28  # 1.25 GiB of activations may be alive at once in a one-pass walk
+RATE = 90e9  # float32 operations a second a core of a 2024 server
+ROUNDED = 4e6  # weights a second a core that a grid's own search rounds, most of them
+SOUGHT = 0.9e6  # the same where points of a codebook are sought
+PLACED = 3.3e6  # weights a second a core that one pass puts on points
+
+
+def staged_bytes(config: Mapping[str, Any], tokens: int) -> int:
+    """Activations alive at once when a whole block sees every calibration token in one pass."""
+    width, middle = (
+        int(config["hidden_size"]),
+        int(config.get("intermediate_size") or 4 * config["hidden_size"]),
+    )
+    return tokens * (6 * width + 3 * middle) * 4
+
+
+def cost(
+    rows: Sequence[Row], config: Mapping[str, Any], solver: Solver, needs: str, nsamples: int, seqlen: int
+) -> tuple[int, float]:
+    """Peak bytes and seconds of the walk.
+
+    Args:
+        needs: ``nothing``, ``diagonal`` or ``gram``: what calibration takes.
+        nsamples, seqlen: calibration windows and their length.
+    """
+    blocks: Counter[int] = Counter()
+    for row in rows:
+        if row.layer is not None:
+            blocks[row.layer] += math.prod(row.shape)
+    matrices = [row for row in rows if row.solved]
+    widest = max((row.shape[1] for row in matrices), default=0)
+    largest = max((math.prod(row.shape) for row in matrices), default=0)
+    cores = os.cpu_count() or 1
+    weights = sum(math.prod(row.shape) for row in matrices)
+    sought = sum(math.prod(row.shape) for row in matrices if isinstance(row.grid, VectorGrid))
+    seconds = (weights - sought) / (ROUNDED * cores) + sought / (SOUGHT * cores)
+    if needs == "nothing":
+        return BASE_BYTES + 16 * min(largest, 1 << 26), 2.0 + seconds
+    tokens = nsamples * seqlen
+    hidden = 2 * tokens * int(config["hidden_size"]) * 4
+    activations = min(staged_bytes(config, tokens), STAGED_BYTES)
+    operations, grams = 4.0 * weights * tokens, 0
+    if needs == "gram":
+        grams = 4 * 4 * widest * widest
+        operations += 2 * tokens * 3 * widest * widest * max(len(blocks), 1)
+        operations += sum(2 * math.prod(row.shape) * row.shape[1] for row in matrices) * solver.passes
+        seconds += solver.passes * sought / (PLACED * cores)
+    block = 4 * max(blocks.values(), default=0)
+    return BASE_BYTES + block + hidden + activations + grams, 5.0 + seconds + operations / (RATE * cores)
