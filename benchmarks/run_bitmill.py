@@ -1,6 +1,6 @@
 """One run of Bitmill as a process of its own: its seconds, its peak memory, its exact size.
 
-    python benchmarks/run_bitmill.py MODEL TOKENS.safetensors OUT RECIPE [--plain] [--threads 2]
+    python benchmarks/run_bitmill.py MODEL TOKENS.safetensors OUT RECIPE [--plain | --default] [--threads 2]
 
 ``seconds`` is ``bitmill.quantize`` from opening the source to the sealed file: more than the peers'
 own figure, which leaves loading and saving out. ``--plain`` hands over no calibration tokens.
@@ -37,10 +37,11 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="a folder; the model goes into it as 'model' or 'model.gguf'")
     parser.add_argument("recipe")
     parser.add_argument("--plain", action="store_true", help="no calibration")
+    parser.add_argument("--default", action="store_true", help="Bitmill's own choice of calibration text")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    ids = None if options.plain else load_file(options.tokens)["input_ids"]
+    ids = None if options.plain or options.default else load_file(options.tokens)["input_ids"]
     name = "model.gguf" if options.recipe.rstrip().endswith("gguf") else "model"
     before = time.monotonic()
     report = bitmill.quantize(options.model, options.recipe, options.out / name, calib=ids, force=True)
