@@ -217,7 +217,7 @@ def plan(
     if _needs_own_head(recipe, family, facts):
         embed = facts[f"{family.module('embed', None)}.weight"]
         facts["lm_head.weight"] = TensorFacts("lm_head.weight", embed.shape, embed.dtype)
-    told = calibrated and solver.needs == "nothing"
+    told = needs != "nothing"
     rows = _rows(recipe, family, container, checkpoint, facts, dtype, told)
     blind = _blind(recipe, rows)
     if blind is not None:
