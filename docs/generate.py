@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import bitmill
+from bitmill.cli.budget import budget
 from bitmill.cli.doctor import doctor
 from bitmill.cli.imatrix import imatrix
 from bitmill.cli.inspect import inspect as inspect_file
@@ -48,7 +49,9 @@ grid = "Q4_K_M"
 'blk\\.[0-3]\\.ffn_down' = "q8_0"
 'ffn_(gate|up)' = "q5_k"
 ```"""
-VERBS: tuple[Callable[..., None], ...] = (quantize, measure, plan, inspect_file, imatrix, recipes, doctor)
+VERBS: tuple[Callable[..., None], ...] = (
+    quantize, measure, plan, budget, inspect_file, imatrix, recipes, doctor,
+)  # fmt: skip
 AXES = {
     "transforms": "A change of basis that makes weights easier to store. It is folded into the model, so "
     "that nothing has to be undone when the model runs.",

@@ -12,6 +12,7 @@ from types import TracebackType
 import typer
 
 from bitmill.cli import exits, say
+from bitmill.cli.budget import budget
 from bitmill.cli.doctor import doctor
 from bitmill.cli.imatrix import imatrix
 from bitmill.cli.inspect import inspect as inspect_file
@@ -71,6 +72,7 @@ _add(quantize)
 _add(measure)
 _add(plan)
 _add(inspect_file)
+_add(budget)
 _add(imatrix)
 _add(recipes, alone=True)
 _add(doctor, alone=True)

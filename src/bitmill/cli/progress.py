@@ -26,6 +26,8 @@ TITLES = {
     "tokens": "calibration text",
     "block": "quantizing",
     "activations": "summing activations",
+    "gradients": "summing gradients",
+    "damage": "damage by type",
     "resume": "resuming",
     "seal": "writing",
     "sample": "sampling",

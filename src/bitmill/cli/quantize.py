@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from bitmill.cli import budget as budgets
 from bitmill.cli import measure as measuring
 from bitmill.cli import plan as planned
 from bitmill.cli import say
@@ -83,6 +84,11 @@ def quantize(
     measure: Measure = True,
     text: Text = None,
     revision: Revision = None,
+    bpw: budgets.Bpw = None,
+    size: budgets.Size = None,
+    fit: budgets.Fit = False,
+    damage: budgets.DamageFile = None,
+    solver: budgets.SolverName = "gptq",
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
@@ -95,16 +101,21 @@ def quantize(
         bitmill quantize smollm2 "gptq : q4_0, embed=q8_0" -o smollm2.gguf
         bitmill quantize ./my-model W4A16 -o my-model-w4a16 --calib chats.jsonl --chat
         bitmill quantize org/name --bits 4 --group-size 64 -o name-int4 --dry-run
+        bitmill quantize ./my-model --bpw 4.5 -o my-model.gguf
     """
     from bitmill.planning import plan as make_plan
     from bitmill.source import open_source
 
     file = (split_max_size, split_max_tensors, pre_tokenizer)
     types = Types(tensor_type or (), output_tensor_type, token_embedding_type, pure, *file)
-    recipe_ = wanted(recipe, keep or [], bits, group_size, types)
+    limits = budgets.Limits(bpw, size, fit, damage, solver)
+    limits.refuse_others(recipe is not None or bits is not None, bool(keep) or types != Types())
+    recipe_ = None if limits.given else wanted(recipe, keep or [], bits, group_size, types)
     if out is None and not dry_run:
         raise Refused("no output is named", fix="add -o, for example: -o out.gguf")
     source = open_source(model, revision=revision)
+    seen = budgets.Drawn(calib, seqlen=seqlen, seed=seed, chat=chat, device=device)
+    recipe_ = recipe_ or budgets.recipe_for(source, limits, seen, out)
     calibrated = bool(calib) or moments is not None or bool(imatrix)
     nsamples, seqlen = (0, 0) if imatrix else (nsamples, seqlen)
     windows: dict[str, Any] = {"nsamples": nsamples, "seqlen": seqlen}
@@ -114,8 +125,7 @@ def quantize(
         say.emit(made.to_json()) if json else planned.show(made, every_row=False)
         return
     assert out is not None
-    for line in made.headline:
-        say.note(line)
+    say.note("\n".join(made.headline))
     from bitmill import mill
 
     drawn: dict[str, Any] = {"calib": calib or None, **windows, "seed": seed, "chat": chat, "device": device}
@@ -123,10 +133,13 @@ def quantize(
     conduct: dict[str, Any] = {"save": save_moments, "force": force, "strict": strict, "resume": resume}
     with Teller() as teller:
         report = mill.quantize(source, recipe_, out, **drawn, **given, **conduct, progress=teller)
+    _account(report, model, measuring.How(text=text, device=device, revision=revision), measure, json)
+
+
+def _account(report: Report, model: str, how: measuring.How, measure: bool, json: bool) -> None:
     if not json:
         _say(report)
-    how = measuring.How(text=text, device=device, revision=revision)
-    records = measuring.account([str(out)], model, how) if measure else ()
+    records = measuring.account([report.path], model, how) if measure else ()
     if json:
         say.emit({**report.to_json(), "measurement": records[0].to_json() if records else None})
     elif records:

@@ -1,0 +1,233 @@
+"""A budget into a recipe: what each type costs each tensor, the limit in bytes, and the best that buys.
+
+The result is one of llama.cpp's mixtures, pure, with the tensors that differ from it by pattern: a recipe
+like any other, planned and written by nothing that knows of budgets.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from math import floor, prod
+
+from bitmill.allocation.budget import Budget, Offer, spend
+from bitmill.allocation.mixture import Mixture
+from bitmill.calibrate.damage import Damage
+from bitmill.checkpoint.gguf_arch import architecture_of_model
+from bitmill.core import registry
+from bitmill.core.axes import Checkpoint, Weight
+from bitmill.core.errors import BadRecipe, Refused
+from bitmill.core.types import Row
+from bitmill.families.base import LINEAR_ROLES
+from bitmill.planning import MATRIX, Plan, plan
+from bitmill.recipe import Recipe, parse
+
+_ALIGNMENT = 32  # of a tensor in a GGUF file
+_LONGEST_TYPE = len(", =iq2_xxs")
+_HEAD_ROOM = 64  # bytes: the base's name, which is not known before, and the end of the head
+_SHARE, _LEAST = 5, 1 << 30  # of available memory, a fifth or a GiB stays for the context and for others
+_ROLES = LINEAR_ROLES | {"embed", "head"}
+
+
+@dataclass(frozen=True, eq=False)
+class Budgeted:
+    """What a budget bought.
+
+    Attributes:
+        recipe: that makes it.
+        plan: of that recipe; its bytes are within ``limit``.
+        budget: type, size and predicted damage of every tensor that was chosen for.
+        limit: bytes of the whole file.
+    """
+
+    recipe: Recipe
+    plan: Plan
+    budget: Budget
+    limit: int
+
+    @property
+    def shares(self) -> Mapping[str, float]:
+        """Share of the chosen weights by type, largest first."""
+        sizes: Counter[str] = Counter()
+        shapes = {row.name: row.shape for row in self.plan.rows}
+        for name, offer in self.budget.types:
+            sizes[offer.kind] += prod(shapes[name])
+        return {kind: count / sizes.total() for kind, count in sizes.most_common()}
+
+
+def budgeted(
+    source: Checkpoint,
+    damage: Damage,
+    limit: int,
+    *,
+    solver: str = "gptq",
+    types: Collection[str] = (),
+) -> Budgeted:
+    """The recipe with the least predicted KL divergence whose GGUF file has at most ``limit`` bytes.
+
+    Args:
+        solver: as in a recipe, with options if need be; it must be able to place weights on the types.
+        types: those that may be used; empty for all that were measured.
+
+    Raises:
+        Refused: not even the smallest types are small enough, or a tensor was not measured.
+    """
+    largest = plan(parse(f"{solver} : Q8_0, pure > gguf"), source)
+    offers = _offers(largest, damage, {str(registry.parse_grid(kind)) for kind in types})
+    stored = _stored(source, offers)
+    rows = [row for row in largest.rows if row.name in offers]
+    fixed = largest.bytes_ - sum(_padded(row, str(row.grid)) for row in rows)
+    # The recipe is in the file's head. Room for the longest one, so that the limit of the tensors does not
+    # depend on the choice, which would cost the promise that more bytes are never worse.
+    fixed += _HEAD_ROOM + sum(len(_pattern((name,))) + _LONGEST_TYPE for name in stored.values())
+    bought = spend(offers, limit - fixed)
+    if bought is None:
+        least = fixed + sum(min(o.bytes_ for o in of) for of in offers.values())
+        raise Refused(
+            f"{limit:,} bytes are too few: the smallest types take {least:,}",
+            where=f"{8 * limit / largest.parameters:.3f} bits a weight of the whole file",
+            fix=f"--size {least} or more, or a smaller model",
+        )
+    recipe = _recipe(solver, bought, {row.name: row for row in rows}, stored)
+    made = plan(recipe, source)
+    if made.bytes_ > limit:
+        raise AssertionError(f"{made.bytes_} bytes are planned, {limit} were the limit")
+    return Budgeted(recipe, made, bought, limit)
+
+
+def limit_of(bpw: float | None, size: str | None, free: int | None, parameters: int) -> int:
+    """Bytes of a file, from bits a weight (headers and all, as plans count), a size, or free memory.
+
+    Raises:
+        Refused: none or several of them are given, or the one is not a positive number.
+    """
+    given = [value for value in (bpw, size, free) if value is not None]
+    if len(given) != 1:
+        raise Refused(
+            "a budget is one limit" if given else "no budget is given",
+            fix="one of: --bpw 4.5, --size 80MiB, --fit",
+        )
+    if bpw is not None:
+        if not 0 < bpw <= 32:
+            raise Refused(f"{bpw} bits a weight", fix="for example --bpw 4.5")
+        return floor(bpw * parameters / 8)
+    if size is not None:
+        return bytes_of(size)
+    assert free is not None
+    return max(free - max(free // _SHARE, _LEAST), 0)
+
+
+def bytes_of(text: str) -> int:
+    """Bytes of ``80MiB`` (units of 1024), ``80M`` or ``80MB`` (units of 1000), or a plain number.
+
+    Raises:
+        BadRecipe: it is none of these.
+    """
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)([kmgt]?)(i?)b?", text.strip().lower().replace(" ", ""))
+    if found is None or (found[3] and not found[2]):
+        raise BadRecipe(f"{text!r} is no size", fix="for example 80MiB or 4.2GB")
+    unit = (1024 if found[3] else 1000) ** ("kmgt".index(found[2]) + 1 if found[2] else 0)
+    return floor(float(found[1]) * unit)
+
+
+def toml(made: Budgeted, damage: Damage) -> str:
+    """The recipe as a file, with what it is predicted to cost."""
+    recipe, facts = made.recipe, damage.facts
+    shares = ", ".join(f"{kind} {share:.1%}" for kind, share in made.shares.items())
+    tokens = f"{facts.get('windows')} windows of {facts.get('window')} tokens"
+    lines = [
+        f"# Least predicted KL divergence in {made.limit:,} bytes: {made.budget.damage:.4g} nats a token.",
+        f"# {made.plan.bytes_:,} bytes, {made.plan.bpw:.4f} bits a weight; {shares}",
+        f"# Damage measured on {tokens}, sha256 {facts.get('sha256')}; model {facts.get('model')}",
+        f'solver = "{recipe.solver}"',
+        f'grid = "{recipe.grid}"',
+        f'container = "{recipe.container}"',
+        "pure = true",
+    ]
+    lines += ["", "[tensors]"] if recipe.tensors else []
+    lines += [f"'{pattern}' = \"{kind}\"" for pattern, kind in recipe.tensors]
+    return "\n".join(lines) + "\n"
+
+
+def _offers(largest: Plan, damage: Damage, types: Collection[str]) -> dict[str, list[Offer]]:
+    """What each matrix could be stored as, by name: what was measured, and container and solver allow."""
+    container, solver = largest.container, largest.recipe.make_solver()
+    offers: dict[str, list[Offer]] = {}
+    for row in largest.rows:
+        if (
+            row.role not in _ROLES
+            or (row.role in LINEAR_ROLES and row.layer is None)
+            or len(row.shape) < MATRIX
+        ):
+            continue
+        nats = damage.nats.get(row.name)
+        if nats is None or len(row.shape) != MATRIX:
+            raise Refused(
+                "nothing is known of what quantizing this tensor costs",
+                where=row.name,
+                fix="measure this model anew; stacks of experts cannot be measured yet: name a mixture",
+            )
+        for kind, cost in nats.items():
+            grid = registry.parse_grid(kind)
+            refused = container.refuses(grid, row.role, row.shape) or (row.solved and solver.refuses(grid))
+            if not refused and (not types or kind in types):
+                offers.setdefault(row.name, []).append(Offer(kind, _padded(row, kind), cost))
+        if row.name not in offers:
+            raise Refused(
+                f"none of the types can hold a weight of shape {list(row.shape)}",
+                where=row.name,
+                fix=f"measured are {', '.join(nats)}",
+            )
+    return offers
+
+
+def _padded(row: Row, kind: str) -> int:
+    """Bytes of a matrix at a type, with what aligns the next one."""
+    bits = registry.parse_grid(kind).storage_bits((row.shape[0], row.shape[1]))
+    return -(-bits // (8 * _ALIGNMENT)) * _ALIGNMENT
+
+
+def _stored(source: Checkpoint, names: Collection[str]) -> dict[str, str]:
+    arch = architecture_of_model(source.config)
+    return {name: arch.gguf_name(name) or name for name in names}
+
+
+def _recipe(solver: str, bought: Budget, rows: Mapping[str, Row], stored: Mapping[str, str]) -> Recipe:
+    """The type of most weights as a pure mixture, and a pattern for each type and part that differs."""
+    sizes: Counter[str] = Counter()
+    parts: dict[tuple[str, str], list[str]] = {}
+    known = _mixtures()
+    for name, offer in bought.types:
+        if offer.kind in known:
+            sizes[offer.kind] += prod(rows[name].shape)
+        parts.setdefault((_part(stored[name]), offer.kind), []).append(stored[name])
+    most = sizes.most_common(1)[0][0] if sizes else "q8_0"
+    patterns = [(_pattern(names), kind) for (_, kind), names in sorted(parts.items()) if kind != most]
+    base = parse(f"{solver} : {known[most]}, pure > gguf")
+    return parse(str(base).replace(", pure", "".join(f", /{p}/={k}" for p, k in patterns) + ", pure"))
+
+
+def _mixtures() -> dict[str, str]:
+    """By type: a mixture that gives it to every tensor when it is pure."""
+    found: dict[str, str] = {}
+    for name in Mixture.names():
+        choice = Mixture(name, pure=True).choose(Weight("", "q", 0, (256, 256), 1, {}))
+        if choice is not None:
+            found.setdefault(choice.grid, name)
+    return found
+
+
+def _part(stored: str) -> str:
+    return re.sub(r"^blk\.\d+\.", "", stored)
+
+
+def _pattern(names: Sequence[str]) -> str:
+    """One pattern for a part of some blocks, in the regular expressions that llama.cpp has too."""
+    part = re.escape(_part(names[0]))
+    blocks = [name.split(".")[1] for name in names if name.startswith("blk.")]
+    if not blocks:
+        return f"^{part}$"
+    chosen = blocks[0] if len(blocks) == 1 else f"({'|'.join(blocks)})"
+    return rf"^blk\.{chosen}\.{part}$"

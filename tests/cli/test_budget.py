@@ -1,0 +1,143 @@
+"""The verb ``budget``, and budgets of ``quantize``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bitmill.budgeting import budgeted, bytes_of, limit_of
+from bitmill.calibrate.damage import Damage
+from bitmill.core.errors import Refused
+from bitmill.recipe import parse
+from bitmill.source import open_source
+from tests.cli.command import Command
+from tests.tiny import make_model
+
+TEXT = "The miller weighs each grain and writes the number down. " * 200
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wide")
+    return make_model(folder, hidden_size=256, head_dim=64, intermediate_size=512, num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "mill.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def damage(wide: Path) -> Damage:
+    """Made up: what counts here is what is done with it."""
+    source = open_source(str(wide))
+    bits = {"iq2_xxs": 2.1, "q2_k": 2.6, "q3_k": 3.4, "q4_k": 4.5, "q6_k": 6.6, "q8_0": 8.5, "f16": 16.0}
+    names = [name for name, fact in source.tensors.items() if len(fact.shape) == 2]
+    nats = {name: {k: (i + 1) * 4.0**-b for k, b in bits.items()} for i, name in enumerate(names)}
+    return Damage(nats, {"model": source.digest, "windows": 1, "window": 8, "sha256": "0"})
+
+
+def test_budget_then_quantize(command: Command, wide: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "r.toml"
+    words = ("--calib", text, "--nsamples", "2", "--seqlen", "32")
+    said = command("budget", wide, "--size", "1MiB", "-o", out, *words)
+    assert said.code == 0, said.err
+    assert "summing gradients 2/2" in said.err and "r.toml.damage.json" in said.err
+    assert "of 1,048,576 bytes" in said.out and "predicted KL divergence" in said.out
+    small = tmp_path / "small.toml"
+    again = command("budget", wide, "--size", "800k", "-o", small, "--damage", f"{out}.damage.json", "--json")
+    assert again.code == 0, again.err
+    assert "measured before" in again.err and again.json["bytes"] <= again.json["limit"] == 800_000
+    plan = command("plan", wide, small, "--json").json
+    assert plan["bytes"] == again.json["bytes"]
+    assert {r["name"]: r["grid"] for r in plan["rows"] if r["name"] in again.json["types"]} == again.json[
+        "types"
+    ]
+    file = tmp_path / "q.gguf"
+    more = ("--damage", f"{out}.damage.json", "--calib", text, "--nsamples", "4", "--seqlen", "32")
+    made = command("quantize", wide, "--size", "800k", "-o", file, *more, "--no-measure", "--json")
+    assert made.code == 0, made.err
+    assert file.stat().st_size == plan["bytes"] <= 800_000 and "predicted KL divergence" in made.err
+    about = command("inspect", file, "--json")
+    assert about.code == 0 and str(again.json["recipe"]) in about.out.replace("\\\\", "\\")
+
+
+def test_within_the_limit_and_monotone(wide: Path, damage: Damage) -> None:
+    source = open_source(str(wide))
+    before = float("inf")
+    for limit in range(700_000, 3_200_000, 50_000):
+        made = budgeted(source, damage, limit, solver="nearest")
+        assert made.plan.bytes_ <= limit and made.budget.damage <= before
+        assert parse(str(made.recipe)) == made.recipe
+        before = made.budget.damage
+    assert set(made.shares) == {"f16"}
+    few = budgeted(source, damage, 1_200_000, solver="nearest", types=("q4_k", "q8_0"))
+    assert set(few.shares) == {"q4_k", "q8_0"}
+
+
+def test_limits() -> None:
+    assert limit_of(4.5, None, None, 1000) == 562
+    assert limit_of(None, "80MiB", None, 1) == 80 << 20
+    assert limit_of(None, None, 100 << 30, 1) == 80 << 30 and limit_of(None, None, 2 << 30, 1) == 1 << 30
+    assert (bytes_of("1.5 GB"), bytes_of("700"), bytes_of("2k")) == (1_500_000_000, 700, 2000)
+    for wrong in ("", "80ib", "-3M", "M", "1e9"):
+        with pytest.raises(Refused, match="is no size"):
+            bytes_of(wrong)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ((), "no budget is given"),
+        (("--bpw", "4", "--fit"), "one limit"),
+        (("--bpw", "0"), "0.0 bits a weight"),
+        (("--bpw", "4", "--solver", "gpt"), "did you mean"),
+        (("--bpw", "4", "--types", "q4_k,int4-g64"), "none of the types"),
+        (("--size", "100k"), "the smallest types take"),
+    ],
+)
+def test_refusals(
+    command: Command, wide: Path, damage: Damage, tmp_path: Path, words: tuple[str, ...], reason: str
+) -> None:
+    kept, out = tmp_path / "d.json", tmp_path / "r.toml"
+    damage.save(kept)
+    if "q4_k,int4-g64" in words:
+        words = ("--bpw", "4", "--types", "int4-g64")
+    said = command("budget", wide, "-o", out, "--damage", kept, *words)
+    assert said.code == 2 and reason in said.err and not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("q4_0", "--bpw", "4"), "two answers"),
+        (("--bpw", "4", "--keep", "v"), "chooses the type"),
+        (("q4_0", "--solver", "clip"), "belong to a budget"),
+    ],
+)
+def test_quantize_refuses(command: Command, wide: Path, words: tuple[str, ...], reason: str) -> None:
+    said = command("quantize", wide, *words, "-o", "never.gguf")
+    assert said.code == 2 and reason in said.err
+
+
+def test_what_was_not_measured_is_refused(wide: Path, damage: Damage) -> None:
+    one, *_ = damage.nats
+    less = Damage({n: c for n, c in damage.nats.items() if n != one}, damage.facts)
+    with pytest.raises(Refused, match="nothing is known"):
+        budgeted(open_source(str(wide)), less, 1_000_000)
+
+
+def test_outputs(command: Command, wide: Path, damage: Damage, tmp_path: Path) -> None:
+    kept, out = tmp_path / "d.json", tmp_path / "r.toml"
+    damage.save(kept)
+    assert "add -o" in command("budget", wide, "--bpw", "8", "--damage", kept).err
+    assert "end in .toml" in command("budget", wide, "--bpw", "8", "-o", tmp_path / "r.gguf").err
+    words = ("budget", wide, "--fit", "-o", out, "--damage", kept)
+    said = command(*words)
+    assert said.code == 0 and "of memory are free" in said.err, said.err
+    assert "--force" in command(*words).err and command(*words, "--force").code == 0
+    assert json.loads(kept.read_text())["kind"] == "bitmill-damage-1"
