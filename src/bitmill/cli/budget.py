@@ -141,12 +141,13 @@ def budget(
     What each type would cost each tensor, in KL divergence, is measured once on calibration text, with one
     backward pass through the whole model in float32, and kept in OUT.damage.json. The least predicted sum
     within the budget is written to OUT as a recipe. The file it makes is never larger than the budget, and a
-    larger budget never has a worse prediction.
+    larger budget never has a worse prediction. What is predicted is rounding with importance; gptq loses
+    less, and nearest needs --calib or --imatrix to lose no more.
 
-        bitmill budget smollm2 --bpw 4.5 -o recipe.toml
+        bitmill budget smollm2 --bpw 5 -o recipe.toml
         bitmill budget smollm2 --size 80MiB -o small.toml --damage recipe.toml.damage.json
         bitmill quantize smollm2 recipe.toml -o smollm2.gguf
-        bitmill quantize smollm2 --bpw 4.5 -o smollm2.gguf
+        bitmill quantize ./my-model --bpw 4.5 -o my-model.gguf
     """
     from bitmill.budgeting import toml
     from bitmill.source import open_source
