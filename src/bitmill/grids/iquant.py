@@ -220,7 +220,7 @@ class IQuant(VectorGrid):
         index, down = (np.empty((len(runs), kind.run // 8), np.int32) for _ in range(2))
         scale = np.empty(len(runs), np.float32)
         in_threads(
-            thirds.cut_runs, -(-len(runs) // thirds.LANES), runs, told is not None,
+            thirds.cut_runs, len(runs), runs, told is not None,
             weights.reshape(-1, kind.run), power, 256 // kind.run, np.float32(kind.quiet), book.place,
             book.first, book.near, book.cells, book.points, index, down, scale,
         )  # fmt: skip

@@ -18,8 +18,6 @@ from numpy.typing import NDArray
 _compiled = njit(cache=True, nogil=True, error_model="numpy")
 
 SHIFT = 0.125
-LANES = 64
-"""Runs side by side; the unit of ``start … stop`` in :func:`cut_runs`."""
 
 _Floats = NDArray[np.float32]
 _Ints = NDArray[Any]
@@ -49,58 +47,48 @@ def cut_runs(
     """Points, shifts and a scale for each run, all of its groups shifted alike or (in runs of 16) each.
 
     Args:
-        start, stop: groups of ``LANES`` runs of ``x`` (``runs n``); run ``r`` uses ``power[r // per]`` and
-            row ``r`` of ``importance`` (its rows repeat), or x² as weights if not ``told``.
+        start, stop: runs of ``x`` (``runs n``); run ``r`` uses ``power[r // per]`` and row ``r`` of
+            ``importance`` (its rows repeat), or x² as weights if not ``told``.
         quiet: runs whose largest magnitude is below it are all zero.
         place, first, near, cells, points: of the :class:`~bitmill.numerics.ggml_codebooks.Codebook`.
         index: ``runs n/8``. ``shift``: ``runs n/8``, 1 where the shift is down. ``scale``: ``runs``.
     """
     n = x.shape[1]
     apart = n == 16
-    weight, order = np.empty((LANES, n), np.float32), np.empty((LANES, n), np.int64)
-    silent, found = np.empty(LANES, np.bool_), np.empty(LANES, np.float32)
-    low, high, way = np.empty(LANES, np.int32), np.empty(LANES, np.int32), np.empty(LANES, np.int32)
-    digit, down = np.empty(n, np.int32), np.empty(n // 8, np.int32)
-    sum_x, sum_w = np.empty((n + 1, LANES), np.float32), np.empty((n + 1, LANES), np.float32)
-    for group in range(start, stop):
-        r0 = group * LANES
-        count = min(LANES, x.shape[0] - r0)
-        for j in range(LANES):
-            r, most = r0 + min(j, count - 1), _ZERO
-            base, given = power[r // per], r % importance.shape[0]
+    weight, order, digit = np.empty(n, np.float32), np.empty(n, np.int64), np.empty(n, np.int32)
+    sum_x, sum_w = np.zeros(n + 1, np.float32), np.zeros(n + 1, np.float32)
+    for r in range(start, stop):
+        index[r, :], shift[r, :], scale[r] = 0, 0, _ZERO
+        base, given, most = power[r // per], r % importance.shape[0], _ZERO
+        for i in range(n):
+            value = x[r, i]
+            weight[i] = importance[given, i] * np.sqrt(base + value * value) if told else value * value
+            most = max(most, abs(value))
+        if most < quiet:
+            continue
+        _sort(x[r], order)
+        if apart:
+            found, low, high, way = _cut_apart(x[r], weight, order)
+        else:
+            for k in range(n):
+                i = order[k]
+                sum_x[k + 1] = sum_x[k] + weight[i] * x[r, i]
+                sum_w[k + 1] = sum_w[k] + weight[i]
+            found, low, high, way = _cut_alike(sum_x, sum_w)
+        if way < 0:
+            continue
+        for k in range(n):
+            digit[order[k]] = 0 if k < low else (1 if k < high else 2)
+        for g in range(n // 8):
+            shift[r, g] = (way >> (n // 8 - 1 - g)) & 1 if apart else way
+        if found < 0:
             for i in range(n):
-                value = x[r, i]
-                weight[j, i] = importance[given, i] * np.sqrt(base + value * value) if told else value * value
-                most = max(most, abs(value))
-            silent[j] = most < quiet
-            _sort(x[r], order[j])
-            sum_x[0, j], sum_w[0, j] = _ZERO, _ZERO
-            for k in range(n):
-                i = order[j, k]
-                sum_x[k + 1, j] = sum_x[k, j] + weight[j, i] * x[r, i]
-                sum_w[k + 1, j] = sum_w[k, j] + weight[j, i]
-        if not apart:
-            _cut_alike(n, sum_x, sum_w, found, low, high, way)
-        for j in range(count):
-            r = r0 + j
-            index[r, :], shift[r, :], scale[r] = 0, 0, _ZERO
-            if apart:
-                found[j], low[j], high[j], way[j] = _cut_apart(x[r], weight[j], order[j])
-            if silent[j] or way[j] < 0:
-                continue
-            for k in range(n):
-                digit[order[j, k]] = 0 if k < low[j] else (1 if k < high[j] else 2)
+                digit[i] = 2 - digit[i]
             for g in range(n // 8):
-                down[g] = (way[j] >> (n // 8 - 1 - g)) & 1 if apart else way[j]
-            if found[j] < 0:
-                for i in range(n):
-                    digit[i] = 2 - digit[i]
-                for g in range(n // 8):
-                    down[g] = 1 - down[g]
-            scale[r] = _to_codebook(
-                x[r], weight[j], abs(found[j]), digit, down, place, first, near, cells, points, index[r]
-            )
-            shift[r, :] = down
+                shift[r, g] = 1 - shift[r, g]
+        scale[r] = _to_codebook(
+            x[r], weight, abs(found), digit, shift[r], place, first, near, cells, points, index[r]
+        )
 
 
 @_compiled
@@ -115,64 +103,39 @@ def _sort(x: _Floats, order: _Ints) -> None:
 
 
 @_compiled
-def _cut_alike(
-    n: int, sum_x: _Floats, sum_w: _Floats, scale: _Floats, low: _Ints, high: _Ints, way: _Ints
-) -> None:
-    """Best scale and cuts by lane when all are shifted alike; ``way`` is 1 if down, -1 where nothing counts.
+def _cut_alike(sum_x: _Floats, sum_w: _Floats) -> tuple[np.float32, int, int, int]:
+    """Best scale and cuts when all are shifted alike: scale, first cut, second cut, 1 if down (-1: none).
 
-    Sums are ``n + 1`` rows over the sorted weights.
+    Sums are over the sorted weights. For each first cut all second cuts are computed side by side, and gone
+    through in order only where one of them is better than the best so far.
     """
-    best, cut = np.full(LANES, -np.inf, np.float32), np.full(LANES, -1, np.int32)
-    dot, norm = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    head_x, head_w = np.empty((2, LANES), np.float32), np.empty((2, LANES), np.float32)
+    n = sum_x.size - 1
+    dots, norms = np.empty((2, n + 1), np.float32), np.empty((2, n + 1), np.float32)
+    best, scale, low, high, way = _f(-np.inf), _ZERO, -1, -1, -1
     for a in range(n + 1):
+        better = 0
         for down in range(2):
-            least = _values(down)[0]
-            for j in range(LANES):
-                head_x[down, j] = (sum_x[a, j] - sum_x[0, j]) * least
-                head_w[down, j] = (sum_w[a, j] - sum_w[0, j]) * least * least
+            least, middle, most = _values(down)
+            dot, norm = dots[down], norms[down]
+            head_x = (sum_x[a] - sum_x[0]) * least
+            head_w = (sum_w[a] - sum_w[0]) * least * least
+            for b in range(a, n + 1):
+                part = head_x + (sum_x[b] - sum_x[a]) * middle
+                dot[b] = part + (sum_x[n] - sum_x[b]) * most
+            for b in range(a, n + 1):
+                part = head_w + (sum_w[b] - sum_w[a]) * middle * middle
+                norm[b] = part + (sum_w[n] - sum_w[b]) * most * most
+            for b in range(a, n + 1):
+                better += 1 if dot[b] * dot[b] > best * norm[b] else 0
+        if better == 0:
+            continue
         for b in range(a, n + 1):
             for down in range(2):
-                _, middle, most = _values(down)
-                _weighted(head_x[down], sum_x[a], sum_x[b], sum_x[n], middle, _ONE, most, _ONE, dot)
-                _weighted(head_w[down], sum_w[a], sum_w[b], sum_w[n], middle, middle, most, most, norm)
-                _keep_better(dot, norm, _i((a * (n + 1) + b) * 2 + down), best, scale, cut)
-    for j in range(LANES):
-        low[j], high[j], way[j] = (
-            cut[j] // 2 // (n + 1),
-            cut[j] // 2 % (n + 1),
-            cut[j] % 2 if cut[j] >= 0 else -1,
-        )
-
-
-@_compiled
-def _weighted(
-    head: _Floats,
-    low: _Floats,
-    high: _Floats,
-    end: _Floats,
-    middle: np.float32,
-    middle_again: np.float32,
-    most: np.float32,
-    most_again: np.float32,
-    out: _Floats,
-) -> None:
-    """Sums of the three parts, by lane; ``low … high … end`` are sums up to both cuts and of all."""
-    for j in range(LANES):
-        part = head[j] + (high[j] - low[j]) * middle * middle_again
-        out[j] = part + (end[j] - high[j]) * most * most_again
-
-
-@_compiled
-def _keep_better(
-    dot: _Floats, norm: _Floats, this: np.int32, best: _Floats, scale: _Floats, cut: _Ints
-) -> None:
-    for j in range(LANES):
-        better = norm[j] > 0 and dot[j] * dot[j] > best[j] * norm[j]
-        fit = dot[j] / norm[j]
-        scale[j] = fit if better else scale[j]
-        best[j] = fit * dot[j] if better else best[j]
-        cut[j] = this if better else cut[j]
+                d, q = dots[down, b], norms[down, b]
+                if q > 0 and d * d > best * q:
+                    scale = d / q
+                    best, low, high, way = scale * d, a, b, down
+    return scale, low, high, way
 
 
 @_compiled
