@@ -75,6 +75,8 @@ def scored(both: Bench, ruler: Ruler, recipe: str, name: str, bytes_: int) -> Ma
 
 def verdict(bpw: float, made: Budgeted, ours: Mapping[str, Score], theirs: Mapping[str, Any]) -> str:
     """One line: the budgeted file against the best mixture."""
+    if not theirs:
+        return f"- {bpw} bits: predicted {made.budget.damage:.4f}; no mixture is that small."
     best = min(theirs, key=lambda name: theirs[name]["other"].mean_kld)
     ratios = ", ".join(f"{ours[kind].mean_kld / theirs[best][kind].mean_kld:.2f} ({kind})" for kind in ours)
     return f"- {bpw} bits: predicted {made.budget.damage:.4f}; KLD is {ratios} of {best}'s, the best mixture."
