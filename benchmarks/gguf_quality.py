@@ -25,8 +25,8 @@ SIDES = {
 NOTES = """SmolLM2-135M off its 4-bit grid, widened so that rows are multiples of 256. `llama.cpp`: the bytes
 of llama.cpp's quantizer with importance from 64 windows of 512 tokens of Python's manual; `best`: Bitmill's
 recipe of that name on the same tokens, or on Bitmill's default text (half the model's own words, half
-Python's). KLD in nats a token, `docs` on other topics of the manual, `other` on source code and package pages;
-in parentheses the ratio to llama.cpp's."""
+Python's). KLD in nats a token, `docs` on other topics of the manual, `other` on source code and package
+pages; in parentheses the ratio to llama.cpp's."""
 
 
 def main() -> None:

@@ -119,13 +119,13 @@ def _cut_alike(sum_x: _Floats, sum_w: _Floats) -> tuple[np.float32, int, int, in
             dot, norm = dots[down], norms[down]
             head_x = (sum_x[a] - sum_x[0]) * least
             head_w = (sum_w[a] - sum_w[0]) * least * least
-            for b in range(a, n + 1):
+            for b in range(n + 1):
                 part = head_x + (sum_x[b] - sum_x[a]) * middle
                 dot[b] = part + (sum_x[n] - sum_x[b]) * most
-            for b in range(a, n + 1):
+            for b in range(n + 1):
                 part = head_w + (sum_w[b] - sum_w[a]) * middle * middle
                 norm[b] = part + (sum_w[n] - sum_w[b]) * most * most
-            for b in range(a, n + 1):
+            for b in range(n + 1):
                 better += 1 if dot[b] * dot[b] > best * norm[b] else 0
         if better == 0:
             continue
