@@ -23,7 +23,7 @@ run() { # shows the command as one would type it, then runs it
 echo "1. Plain rounding: what every converter does without calibration."
 run quantize smollm2 "nearest : q4_0 > gguf" -o "$out/plain.gguf" --no-measure --force
 echo "2. GPTQ into the same type: the same file size, each rounding error answered by the columns that follow."
-run quantize smollm2 "gptq : q4_0 > gguf" -o "$out/gptq.gguf" --nsamples 32 --no-measure --force
+run quantize smollm2 "gptq : q4_0, down=q4_0 > gguf" -o "$out/gptq.gguf" --nsamples 32 --no-measure --force
 echo "3. The account: both against the original, on text that calibration has not seen."
 run measure "$out/gptq.gguf" "$out/plain.gguf" --against smollm2
 echo "Both files load in llama.cpp:  llama-cli -m $out/gptq.gguf -p 'The capital of France is'"
