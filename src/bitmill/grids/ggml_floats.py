@@ -18,7 +18,7 @@ from bitmill.core.axes import LevelGrid, Levels
 from bitmill.core.types import Params, Quantized
 from bitmill.numerics.blocks import TYPES, type_of
 from bitmill.numerics.float_layout import UE4M3
-from bitmill.numerics.ggml_rows import check
+from bitmill.numerics.ggml_rows import check, not_whole_blocks
 from bitmill.numerics.search import spread
 
 _NAMES = ("mxfp4-floor", "nvfp4-flat")
@@ -73,13 +73,7 @@ class GgmlFloat(LevelGrid):
         return self.type
 
     def refuses(self, shape: tuple[int, ...]) -> str | None:
-        if len(shape) != 2:
-            return f"{self} stores matrices, and this tensor has shape {tuple(shape)}; keep it f32 or f16"
-        length = self.block[1]
-        if shape[1] % length == 0:
-            return None
-        remedy = "mxfp4 and q4_0 (blocks of 32) fit" if shape[1] % 32 == 0 else "f16 and bf16 fit"
-        return f"rows of {shape[1]} values are not whole blocks of {length}, which {self} needs; {remedy}"
+        return not_whole_blocks(str(self), shape, self.block[1], "mxfp4 and q4_0")
 
     def storage_bits(self, shape: tuple[int, int]) -> int:
         return 8 * shape[0] * TYPES[type_of(self.type)].row_bytes(shape[1])

@@ -22,7 +22,15 @@ from bitmill.numerics import ggml_thirds as thirds
 from bitmill.numerics import ggml_vectors as vectors
 from bitmill.numerics.blocks import TYPES
 from bitmill.numerics.ggml_codebooks import codebook
-from bitmill.numerics.ggml_rows import blocks_of, check, half, in_threads, mean_squares, stored
+from bitmill.numerics.ggml_rows import (
+    blocks_of,
+    check,
+    half,
+    in_threads,
+    mean_squares,
+    not_whole_blocks,
+    stored,
+)
 from bitmill.numerics.iquant_layout import parity
 from bitmill.numerics.points import nearest
 
@@ -100,12 +108,7 @@ class IQuant(VectorGrid):
         return self.type
 
     def refuses(self, shape: tuple[int, ...]) -> str | None:
-        if len(shape) != 2:
-            return f"{self} stores matrices, and this tensor has shape {tuple(shape)}; keep it f32 or f16"
-        if shape[1] % 256 == 0:
-            return None
-        remedy = "iq4_nl and q4_0 (blocks of 32) fit" if shape[1] % 32 == 0 else "f16 and bf16 fit"
-        return f"rows of {shape[1]} values are not whole blocks of 256, which {self} needs; {remedy}"
+        return not_whole_blocks(str(self), shape, self.block[1], "iq4_nl and q4_0")
 
     def storage_bits(self, shape: tuple[int, int]) -> int:
         return 8 * shape[0] * TYPES[self.type].row_bytes(shape[1])

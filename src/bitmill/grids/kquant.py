@@ -18,7 +18,16 @@ from bitmill.core.types import Params, Quantized
 from bitmill.numerics import ggml_scales as scales_of
 from bitmill.numerics import ggml_search as search
 from bitmill.numerics.blocks import TYPES
-from bitmill.numerics.ggml_rows import HALF_MAX, blocks_of, check, half, in_threads, mean_squares, stored
+from bitmill.numerics.ggml_rows import (
+    HALF_MAX,
+    blocks_of,
+    check,
+    half,
+    in_threads,
+    mean_squares,
+    not_whole_blocks,
+    stored,
+)
 
 _NAMES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "tq1_0", "tq2_0")
 _HALF = {"q4_0": 8, "q5_0": 16, "q8_0": 0, "q3_k": 4, "q6_k": 32, "tq1_0": 1, "tq2_0": 1}
@@ -92,13 +101,7 @@ class KQuant(AffineGrid):
         return self.type
 
     def refuses(self, shape: tuple[int, ...]) -> str | None:
-        if len(shape) != 2:
-            return f"{self} stores matrices, and this tensor has shape {tuple(shape)}; keep it f32 or f16"
-        length = self.block[1]
-        if shape[1] % length == 0:
-            return None
-        remedy = "q4_0, q5_0 and q8_0 (blocks of 32) fit" if shape[1] % 32 == 0 else "f16 and bf16 fit"
-        return f"rows of {shape[1]} values are not whole blocks of {length}, which {self} needs; {remedy}"
+        return not_whole_blocks(str(self), shape, self.block[1], "q4_0, q5_0 and q8_0")
 
     def storage_bits(self, shape: tuple[int, int]) -> int:
         return 8 * shape[0] * TYPES[self.type].row_bytes(shape[1])

@@ -16,7 +16,16 @@ from bitmill.core.axes import LevelGrid, Levels
 from bitmill.core.types import Params, Quantized
 from bitmill.numerics import ggml_levels as search
 from bitmill.numerics.blocks import TYPES
-from bitmill.numerics.ggml_rows import HALF_MAX, blocks_of, check, half, in_threads, mean_squares, stored
+from bitmill.numerics.ggml_rows import (
+    HALF_MAX,
+    blocks_of,
+    check,
+    half,
+    in_threads,
+    mean_squares,
+    not_whole_blocks,
+    stored,
+)
 from bitmill.numerics.search import spread
 
 _NAMES = ("iq4_nl", "iq4_xs")
@@ -65,13 +74,7 @@ class Nonlinear(LevelGrid):
         return self.type
 
     def refuses(self, shape: tuple[int, ...]) -> str | None:
-        if len(shape) != 2:
-            return f"{self} stores matrices, and this tensor has shape {tuple(shape)}; keep it f32 or f16"
-        length = self.block[1]
-        if shape[1] % length == 0:
-            return None
-        remedy = "iq4_nl and q4_0 (blocks of 32) fit" if shape[1] % 32 == 0 else "f16 and bf16 fit"
-        return f"rows of {shape[1]} values are not whole blocks of {length}, which {self} needs; {remedy}"
+        return not_whole_blocks(str(self), shape, self.block[1], "iq4_nl and q4_0")
 
     def storage_bits(self, shape: tuple[int, int]) -> int:
         return 8 * shape[0] * TYPES[self.type].row_bytes(shape[1])

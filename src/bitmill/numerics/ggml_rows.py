@@ -19,6 +19,17 @@ from bitmill.numerics.ggml_search import mean_square
 HALF_MAX = 65504.0
 
 
+def not_whole_blocks(name: str, shape: tuple[int, ...], length: int, small: str) -> str | None:
+    """Why rows of this shape are not whole blocks of ``length``, or None; ``small`` are types of 32 that fit
+    more rows."""
+    if len(shape) != 2:
+        return f"{name} stores matrices, and this tensor has shape {tuple(shape)}; keep it f32 or f16"
+    if shape[1] % length == 0:
+        return None
+    remedy = f"{small} (blocks of 32) fit" if shape[1] % 32 == 0 else "f16 and bf16 fit"
+    return f"rows of {shape[1]} values are not whole blocks of {length}, which {name} needs; {remedy}"
+
+
 def check(grid: Grid, w: Tensor, importance: Tensor | None, largest: float) -> None:
     """Refuse what a search cannot work on.
 
