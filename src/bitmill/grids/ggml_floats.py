@@ -122,7 +122,10 @@ class GgmlFloat(LevelGrid):
 
     def scaled(self, params: Params, factor: Tensor) -> Params:
         """Exponents move by whole powers of two."""
-        if self.type == "nvfp4-flat":
+        if self.type == "nvfp4-flat":  # a block has four scales
+            runs = params["scale"].shape[1]
+            if factor.dim() and factor.shape[-1] not in (1, runs):
+                factor = factor.repeat_interleave(runs // factor.shape[-1], -1)
             return {"scale": torch.from_numpy(_half_up((params["scale"] * factor * _TOP).cpu().numpy()))}
         moved = params["exponent"].to(torch.float32) + factor.log2()
         return {"exponent": moved.round().clamp(0, 254).to(torch.uint8)}
