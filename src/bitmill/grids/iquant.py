@@ -23,6 +23,7 @@ from bitmill.numerics import ggml_vectors as vectors
 from bitmill.numerics.blocks import TYPES
 from bitmill.numerics.ggml_codebooks import codebook
 from bitmill.numerics.ggml_rows import (
+    HALF_MAX,
     blocks_of,
     check,
     half,
@@ -59,7 +60,7 @@ _KINDS = {
     "iq3_xxs": _Kind(32, 2, 1e-8, 1.0125, 15, 0.2, untold=vectors.SQUARED, signs="even"),
     "iq3_s": _Kind(32, 2, 1e-45, 1.033, 9, 0.2, vectors.ALL_IF_OFF, vectors.SQUARED),
 }
-_LARGEST = 65504.0 * 15 * 5
+_LARGEST = HALF_MAX * 15 * 5
 _INDEX_BITS = {8: 10, 4: 18}  # where the signs begin, by the width of a point
 
 

@@ -82,7 +82,9 @@ def _rescale(
 
 def _move(now: Tensor, pull: Tensor, params: Params, grid: Grid, near: Tensor, columns: Tensor) -> None:
     """Each code at its best value given all else; ``now`` and ``pull`` follow."""
-    if isinstance(grid, AffineGrid):
+    if now.is_cuda:  # the compiled loops are the CPU's
+        _move_spans(now, pull, params, grid, near, int(columns[0]))
+    elif isinstance(grid, AffineGrid):
         _move_known(now, pull, near, grid.affine(params, columns))
     elif isinstance(grid, LevelGrid):
         _move_known(now, pull, near, grid.levels_of(params, columns, len(now)))

@@ -90,10 +90,9 @@ def blocks_of(values: Tensor, length: int) -> np.ndarray:
     return flat.reshape(-1, length)
 
 
-def in_threads(kernel: Callable[..., None], count: int, *arrays: Any, grain: int = 1 << 16) -> None:
-    """Run a compiled kernel over ``count`` items, on torch's number of threads if the work is worth it: each
-    has at least ``grain`` elements of the first array."""
-    workers = max(1, min(torch.get_num_threads(), count, arrays[0].size // grain))
+def in_threads(kernel: Callable[..., None], count: int, *arrays: Any) -> None:
+    """Run a compiled kernel over ``count`` items, on torch's number of threads if the work is worth it."""
+    workers = max(1, min(torch.get_num_threads(), count, arrays[0].size >> 16))
     edges = [count * k // workers for k in range(workers + 1)]
     if workers == 1:
         kernel(0, count, *arrays)

@@ -49,6 +49,8 @@ class Gptq(Solver):
             raise ValueError(f"damp is a fraction above 0 and up to 1, not {self.damp}")
         if self.block < 1:
             raise ValueError(f"block is a number of columns, not {self.block}")
+        if self.sweeps < 0:
+            raise ValueError(f"sweeps is a number of times, not {self.sweeps}")
 
     def refuses(self, grid: Grid) -> str | None:
         """Every grid will do."""
@@ -91,18 +93,18 @@ class Gptq(Solver):
             last = min(first + block, w.shape[1])
             now, columns = ahead[:, first:last].contiguous(), order[first:last]
             pivots = upper[first:last, first:last]
-            errors = _round(now, pivots, grid, params, columns)
+            errors = _round(now, pivots, grid, params, columns, w.shape[1])
             ahead[:, first:last] = now
             ahead[:, last:].addmm_(errors, upper[first:last, last:], alpha=-1)
         values = ahead.index_select(1, order.argsort())
         del ahead  # as large as the weight
         if self.sweeps:
-            values, params = descend(w, values, params, grid, basis.gram, self.sweeps)
+            values, params = descend(w, values, params, grid, basis.damped_gram(), self.sweeps)
         return Quantized(grid, grid.encode(values, params), params, (w.shape[0], w.shape[1]))
 
 
-def _round(x: Tensor, upper: Tensor, grid: Grid, params: Params, columns: Tensor) -> Tensor:
-    """Put a block of columns on the grid by the loop that suits it; see :func:`round_spans`."""
+def _round(x: Tensor, upper: Tensor, grid: Grid, params: Params, columns: Tensor, whole: int) -> Tensor:
+    """Put a block of the ``whole`` columns on the grid by the loop that suits it; see :func:`round_spans`."""
     if x.is_cuda:
         return round_spans(x, upper, grid, params, columns)
     if isinstance(grid, AffineGrid):
@@ -110,15 +112,15 @@ def _round(x: Tensor, upper: Tensor, grid: Grid, params: Params, columns: Tensor
     if isinstance(grid, LevelGrid):
         return round_block(x, upper, grid.levels_of(params, columns, len(x)))
     if isinstance(grid, VectorGrid):
-        return round_points(x, upper, _points_of(grid, params, columns))
+        return round_points(x, upper, _points_of(grid, params, columns, whole))
     return round_spans(x, upper, grid, params, columns)
 
 
-def _points_of(grid: VectorGrid, params: Params, columns: Tensor) -> Points:
+def _points_of(grid: VectorGrid, params: Params, columns: Tensor, whole: int) -> Points:
     """Points of columns whose spans come in any order."""
     spans = columns[:: grid.span[1]] // grid.span[1]
-    whole = grid.points_of(params, 0, params["d"].shape[1] * grid.block[1])
-    return replace(whole, step=whole.step[:, spans], shift=whole.shift[:, spans])
+    points = grid.points_of(params, 0, whole)
+    return replace(points, step=points.step[:, spans], shift=points.shift[:, spans])
 
 
 def round_spans(x: Tensor, upper: Tensor, grid: Grid, params: Params, columns: Tensor) -> Tensor:
@@ -154,6 +156,13 @@ class _Basis:
     importance: Tensor
     gram: Tensor
 
+    def damped_gram(self) -> Tensor:
+        """The matrix that the factor is of, in natural order; made on demand, since it is a second Gram."""
+        damped = self.gram.clone()
+        live = (~self.factor.dead).sum()
+        damped.diagonal().add_(self.factor.damping * self.gram.diagonal().sum() / live)
+        return damped
+
 
 def _basis(moments: Moments, width: int, damp: float, act_order: bool, where: str) -> _Basis:
     gram = moments.gram
@@ -167,9 +176,7 @@ def _basis(moments: Moments, width: int, damp: float, act_order: bool, where: st
     quiet = factor.damping * known.sum() / (~factor.dead).sum()  # a dead channel counts as much as damping
     dead = torch.empty_like(factor.dead)
     dead[order] = factor.dead
-    damped = gram.clone()
-    damped.diagonal().add_(factor.damping * gram.diagonal().sum() / (~factor.dead).sum())
-    return _Basis(order, factor, torch.where(dead, quiet, known), damped)
+    return _Basis(order, factor, torch.where(dead, quiet, known), gram)
 
 
 def _gram(problem: Problem) -> Moments:
