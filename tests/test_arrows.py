@@ -41,6 +41,7 @@ ARROWS: dict[str, set[str]] = {
     "run": _FACTS | {"source"},
     "measurement": _MILLED | {"mill", "run"},
     "cli": _MILLED | {"mill", "run", "measurement", "budgeting"},
+    "__main__": {"cli"},
     "": set(),  # bitmill/__init__.py names modules as text, and imports none
 }
 """Who may import whom, by the first name under ``bitmill``."""
