@@ -71,10 +71,11 @@ def test_micro_batches_in_step_meet_at_every_gate_and_compute_what_one_pass_does
 def test_an_error_at_a_gate_leaves_no_hook_behind(tmp_path: Path) -> None:
     stream = Stream(open_source(str(make_model(tmp_path))))
     block, x = stream.block(0), stream.embed(tokens(4, 16))
+    hooks = [list(m._forward_pre_hooks) for m in block.module.modules()]
     with pytest.raises(RuntimeError, match="no"):
         block.in_step(x.clone(), {"mlp.down_proj": _Witness("d", [], fail=True)}, 1)
     assert torch.is_grad_enabled()
-    assert not any(m._forward_pre_hooks for m in block.module.modules())
+    assert [list(m._forward_pre_hooks) for m in block.module.modules()] == hooks
     log: list[str] = []
     block.in_step(x.clone(), {"mlp.down_proj": _Witness("d", log)}, 4)
     assert log == ["see d", "close d"]

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from bitmill.calibrate.tokens import Calibration
 from bitmill.calibrate.windows import tokens_sha256
 from bitmill.core import registry
-from bitmill.core.axes import Checkpoint
+from bitmill.core.axes import Checkpoint, inputs_of
 from bitmill.core.errors import BadFile, Refused, Unsolvable
 from bitmill.families.base import LINEAR_ROLES, describe
 from bitmill.run.load import load_model
@@ -113,6 +113,12 @@ def measure_damage(
         Unsolvable: a gradient is NaN or infinite.
     """
     _refuse_memory(source, calibration.tokens.shape[1], device)
+    if inputs_of(source):
+        raise Refused(
+            "the source rounds the inputs of its layers, and no gradient goes through that",
+            where=str(source.path),
+            fix="measure damage on the original model",
+        )
     model = load_model(source)
     nn.Module.to(model, device)  # transformers' own wraps this one, and hides its types
     taps = _felt(model, source, calibration.tokens.to(device), progress, seed)

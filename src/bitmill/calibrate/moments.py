@@ -30,16 +30,19 @@ class MomentSum:
     Attributes:
         width: channels of the input.
         gram: whether to keep ``x xᵀ`` (``width² × 4`` bytes) or its diagonal only.
+        signed: whether to keep the smallest and largest ``x``, not the largest magnitude only.
     """
 
     width: int
     gram: bool
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    signed: bool = False
 
     def __post_init__(self) -> None:
         self.tokens = 0
         self._square, self._magnitude, self._absmax = (self._zeros(self.width) for _ in range(3))
         self._gram = self._zeros(self.width, self.width) if self.gram else None
+        self._low = self._high = None if not self.signed else self._zeros(self.width)
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.float32, device=self.device)
@@ -62,6 +65,9 @@ class MomentSum:
             )
         self.tokens += x.shape[0]
         self._absmax = torch.maximum(self._absmax, peak)
+        if self._low is not None and self._high is not None:
+            self._low = torch.minimum(self._low, x.amin(0))
+            self._high = torch.maximum(self._high, x.amax(0))
         self._magnitude += (magnitude.new_ones(1, len(x)) @ magnitude)[0]  # half the time of a sum over rows
         if self._gram is None:
             self._square += x.square().sum(0)
@@ -72,9 +78,11 @@ class MomentSum:
         """The sums so far, as a frozen record. The accumulator must not be used afterwards."""
         gram = self._gram
         if gram is None:
-            return Moments(self.tokens, self._square, self._magnitude, self._absmax)
-        _mirror(gram)
-        return Moments(self.tokens, gram.diagonal().clone(), self._magnitude, self._absmax, gram)
+            square = self._square
+        else:
+            _mirror(gram)
+            square = gram.diagonal().clone()
+        return Moments(self.tokens, square, self._magnitude, self._absmax, gram, self._low, self._high)
 
 
 def _add_upper(gram: Tensor, x: Tensor, start: int, stop: int) -> None:
@@ -119,6 +127,8 @@ def save_moments(path: Path, moments: Mapping[str, Moments], facts: Mapping[str,
                 "magnitude": record.magnitude,
                 "absmax": record.absmax,
                 "gram": record.gram,
+                "low": record.low,
+                "high": record.high,
             }
             tensors[f"{key}/tokens"] = torch.tensor(record.tokens)
             tensors.update({f"{key}/{n}": part.contiguous() for n, part in parts.items() if part is not None})
@@ -147,9 +157,9 @@ def load_moments(path: Path) -> tuple[dict[str, Moments], dict[str, str]]:
 
 
 def _record(file: safe_open, key: str, stored: Set[str]) -> Moments:
-    magnitude, absmax, gram = (
+    magnitude, absmax, gram, low, high = (
         file.get_tensor(f"{key}/{part}") if f"{key}/{part}" in stored else None
-        for part in ("magnitude", "absmax", "gram")
+        for part in ("magnitude", "absmax", "gram", "low", "high")
     )
     tokens, square = (file.get_tensor(f"{key}/{part}") for part in ("tokens", "square"))
-    return Moments(int(tokens), square, magnitude, absmax, gram)
+    return Moments(int(tokens), square, magnitude, absmax, gram, low, high)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -16,9 +17,11 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from bitmill.core.axes import Checkpoint
+from bitmill.core.axes import Checkpoint, inputs_of
 from bitmill.core.errors import BadFile, Refused
+from bitmill.core.types import Inputs
 from bitmill.families.base import describe, traits
+from bitmill.numerics.inputs import check_inputs, input_hook, rounded
 
 Read = Callable[[str], Tensor]
 _VOCAB_ROWS = 16384  # head rows converted to float32 at a time: 37 MB at width 576, 268 MB at 4096
@@ -35,11 +38,16 @@ class Block:
         index: position in the model.
         prefix: canonical name prefix of its tensors, with the dot.
         module: transformers' own layer.
+        inputs: how the inputs of linears are rounded before they are multiplied, by path inside the block.
+            What watches a linear sees its input before that.
     """
 
     def __init__(self, stream: Stream, index: int, module: nn.Module) -> None:
         self.index, self.module, self._stream = index, module, stream
         self.prefix = f"{stream.layers_path}.{index}."
+        self.inputs: dict[str, Inputs] = {}
+        for path, linear in self.linears().items():
+            linear.register_forward_pre_hook(input_hook(partial(self.inputs.get, path)))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Hidden states ``n T H`` after this block; ``n`` is what fits in memory at once."""
@@ -167,9 +175,11 @@ class Stream:
         device: where blocks run.
         dtype: what they compute in; float32 unless memory forbids it.
         read: where dense tensors come from; the checkpoint itself unless a transform changes them on the way.
+        inputs: how the inputs of linears are rounded, by weight name; None does as the checkpoint says.
 
     Raises:
-        Refused: transformers does not know the architecture, or its body is not a plain list of blocks.
+        Refused: transformers does not know the architecture, its body is not a plain list of blocks, or
+            inputs are to be rounded that are no linear's.
     """
 
     def __init__(
@@ -178,6 +188,7 @@ class Stream:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         read: Read | None = None,
+        inputs: Mapping[str, Inputs] | None = None,
     ) -> None:
         self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
         self._read = read or checkpoint.read
@@ -186,6 +197,8 @@ class Stream:
         self.layers_path, self._layers = _find_layers(self._model)
         self._calls: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._norm_path = _final_norm_path(self._model, self.layers_path)
+        self._inputs = inputs_of(checkpoint) if inputs is None else inputs
+        check_inputs(self._model, self._inputs, str(checkpoint.path))
 
     @property
     def layers(self) -> int:
@@ -222,7 +235,11 @@ class Stream:
         prefix = f"{self.layers_path}.{index}."
         for name, _ in list(module.named_parameters()):
             _assign(module, name, self._parameter(prefix, name, read), self.device, self.dtype)
-        return Block(self, index, module)
+        block = Block(self, index, module)
+        for path in block.linears():
+            if f"{prefix}{path}.weight" in self._inputs:
+                block.inputs[path] = self._inputs[f"{prefix}{path}.weight"]
+        return block
 
     def blocks(self) -> Iterator[Block]:
         """Every block in order, one in memory at a time."""
@@ -248,6 +265,8 @@ class Stream:
         with torch.no_grad():
             x = norm(hidden.to(self.device, self.dtype)).float()
             weight, bias = self._head()
+            inputs = self._inputs.get(f"{_path_of(self._model, self._model.get_output_embeddings())}.weight")
+            x = x if inputs is None else rounded(inputs.grid, x, inputs.fixed)
             rows = weight.shape[0]
             out = torch.empty(*x.shape[:-1], rows, dtype=torch.float32, device=self.device)
             for a in range(0, rows, _VOCAB_ROWS):
@@ -410,7 +429,7 @@ class _hooks:
 
     def __enter__(self) -> None:
         self._handles: Sequence[Any] = [
-            self._module.get_submodule(path).register_forward_pre_hook(hook)
+            self._module.get_submodule(path).register_forward_pre_hook(hook, prepend=True)
             for path, hook in self._wanted.items()
         ]
 

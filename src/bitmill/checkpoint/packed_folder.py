@@ -15,9 +15,9 @@ from torch import Tensor
 from bitmill.checkpoint.hf_folder import read_carried, read_config
 from bitmill.checkpoint.safetensors import DENSE, TensorFolder, folder_digest, settled_config
 from bitmill.checkpoint.safetensors_write import Planned
-from bitmill.core.axes import Checkpoint
+from bitmill.core.axes import InputCheckpoint
 from bitmill.core.errors import BadFile
-from bitmill.core.types import Quantized, TensorFacts
+from bitmill.core.types import Inputs, Quantized, TensorFacts
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class Packed:
 
 
 @final
-class PackedFolder(Checkpoint):
+class PackedFolder(InputCheckpoint):
     """The weights of ``packed`` by their own names, every other tensor as it is.
 
     Args:
@@ -46,6 +46,7 @@ class PackedFolder(Checkpoint):
         config: the whole ``config.json``.
         packed: quantized weights by canonical name.
         aside: stored tensors that are no weights (scales of activations, of a cache).
+        inputs: how the inputs of linears are rounded when the model runs, by weight name.
 
     Raises:
         BadFile: a part is missing, belongs to two weights, or to none although it is not a dense weight.
@@ -57,10 +58,12 @@ class PackedFolder(Checkpoint):
         config: Mapping[str, Any],
         packed: Mapping[str, Packed],
         aside: Collection[str] = (),
+        inputs: Mapping[str, Inputs] | None = None,
     ) -> None:
         self.path: Path = folder.path
         self.folder = folder
         self._packed = packed
+        self._inputs = MappingProxyType(dict(inputs or {}))
         owners: dict[str, str] = {}
         for name, weight in packed.items():
             for part in weight.parts:
@@ -89,6 +92,10 @@ class PackedFolder(Checkpoint):
     def is_packed(self, name: str) -> bool:
         """Whether this weight is one of the quantized ones."""
         return name in self._packed
+
+    @property
+    def inputs(self) -> Mapping[str, Inputs]:
+        return self._inputs
 
     @property
     def config(self) -> Mapping[str, Any]:

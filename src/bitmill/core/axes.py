@@ -15,8 +15,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from bitmill.core.inputs import InputGrid
 from bitmill.core.types import (
     FileImage,
+    Inputs,
     Moments,
     Params,
     Problem,
@@ -356,6 +358,20 @@ class Checkpoint(ABC):
         """Identity of the content: changes when any byte that matters changes."""
 
 
+class InputCheckpoint(Checkpoint):
+    """A checkpoint that can say how the inputs of its linears are rounded when it runs."""
+
+    @property
+    @abstractmethod
+    def inputs(self) -> Mapping[str, Inputs]:
+        """By canonical weight name; a linear that is not named gets its inputs as they are."""
+
+
+def inputs_of(checkpoint: Checkpoint) -> Mapping[str, Inputs]:
+    """How the inputs of a checkpoint's linears are rounded when it runs, by weight name."""
+    return checkpoint.inputs if isinstance(checkpoint, InputCheckpoint) else {}
+
+
 class Container(ABC):
     """How bytes are laid out for somebody's runtime; members are frozen dataclasses."""
 
@@ -398,6 +414,16 @@ class Container(ABC):
     @abstractmethod
     def slots(self, row: Row, source: Checkpoint) -> Mapping[str, int]:
         """Names and sizes in bytes of the slots that belong to ``row``."""
+
+
+class InputContainer(Container):
+    """A container whose file can tell a runtime to round the inputs of a linear. ``Row.inputs`` and
+    ``Quantized.inputs`` are what it then lays out; any other container is refused such rows by the plan."""
+
+    @abstractmethod
+    def refuses_inputs(self, grid: Grid, inputs: InputGrid) -> str | None:
+        """Why no file here says that a linear with its weight on ``grid`` gets its inputs on ``inputs``, and
+        which would; or None."""
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -6,11 +6,13 @@ Shapes: weights are ``out in``, activations ``tokens in``. Nothing here knows a 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from bitmill.core.inputs import InputGrid
 
 if TYPE_CHECKING:
     from bitmill.core.axes import Grid
@@ -29,12 +31,14 @@ class Quantized:
         codes: integer tensor; ``out in`` for scalar grids, ``out in/width`` for vector grids.
         params: the grid's own parameters (see :data:`Params`).
         shape: ``(out, in)`` of the dense weight.
+        inputs: what calibration fixed of the grid of its inputs, by :attr:`InputGrid.fixed`.
     """
 
     grid: Grid
     codes: Tensor
     params: Params
     shape: tuple[int, int]
+    inputs: Params = field(default_factory=dict)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The stored value, ``out in``."""
@@ -66,6 +70,7 @@ class Moments:
         magnitude: sum of ``|x|`` a channel, ``in``; absent when they come from an importance matrix.
         absmax: largest ``|x|`` a channel, ``in``; absent as ``magnitude`` is.
         gram: sum of ``x xᵀ``, ``in in``; absent when no solver needs it.
+        low, high: smallest and largest ``x`` a channel, ``in``; absent unless a zero point is to be fixed.
     """
 
     tokens: int
@@ -73,6 +78,8 @@ class Moments:
     magnitude: Tensor | None = None
     absmax: Tensor | None = None
     gram: Tensor | None = None
+    low: Tensor | None = None
+    high: Tensor | None = None
 
     @property
     def importance(self) -> Tensor:
@@ -87,7 +94,17 @@ class Moments:
             _both(torch.add, self.magnitude, other.magnitude),
             _both(torch.maximum, self.absmax, other.absmax),
             _both(torch.add, self.gram, other.gram),
+            _both(torch.minimum, self.low, other.low),
+            _both(torch.maximum, self.high, other.high),
         )
+
+    @property
+    def range(self) -> tuple[Tensor, Tensor] | None:
+        """Smallest and largest ``x`` over all channels, scalars; where only magnitudes are known, those with
+        either sign; None where not even they are."""
+        if self.low is not None and self.high is not None:
+            return self.low.min(), self.high.max()
+        return None if self.absmax is None else (-self.absmax.max(), self.absmax.max())
 
 
 def _both(
@@ -115,12 +132,22 @@ class Note:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """One weight to put on a grid. ``weight`` is ``out in`` float32; ``moments`` describe its input."""
+    """One weight to put on a grid. ``weight`` is ``out in`` float32; ``moments`` describe its input, and
+    ``inputs`` what that is rounded to when the model runs."""
 
     name: str
     role: str
     weight: Tensor
     moments: Moments | None = None
+    inputs: InputGrid | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """How the inputs of one linear are rounded: the grid, and what calibration fixed of it."""
+
+    grid: InputGrid
+    fixed: Params = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,6 +219,7 @@ class Row:
         solved: whether the recipe's solver places it (False: stored by plain rounding or kept).
         why: where the choice comes from.
         fallback: the grid that was asked for, when a shape forced another one.
+        inputs: what the inputs of this linear are rounded to when the model runs; None leaves them.
     """
 
     name: str
@@ -202,3 +230,4 @@ class Row:
     solved: bool
     why: str
     fallback: str | None = None
+    inputs: InputGrid | None = None

@@ -53,7 +53,10 @@ class Diagonal(LinearMap):
         gram = None if moments.gram is None else moments.gram / scale / scale[:, None]
         square = moments.square / scale.square() if gram is None else gram.diagonal().clone()
         magnitude, absmax = (None if v is None else v / size for v in (moments.magnitude, moments.absmax))
-        return Moments(moments.tokens, square, magnitude, absmax, gram)
+        low, high = (None if v is None else v / scale for v in (moments.low, moments.high))
+        if low is not None and high is not None:
+            low, high = torch.minimum(low, high), torch.maximum(low, high)
+        return Moments(moments.tokens, square, magnitude, absmax, gram, low, high)
 
     def _over(self, width: int) -> Tensor:
         return self.scale.repeat(_chunks(width, self.scale.shape[0]))
@@ -88,8 +91,9 @@ class Permutation(LinearMap):
         """Exact."""
         index = self._over(moments.square.shape[0])
         gram = None if moments.gram is None else moments.gram[index][:, index]
-        magnitude, absmax = (None if v is None else v[index] for v in (moments.magnitude, moments.absmax))
-        return Moments(moments.tokens, moments.square[index], magnitude, absmax, gram)
+        known = (moments.magnitude, moments.absmax, moments.low, moments.high)
+        magnitude, absmax, low, high = (None if v is None else v[index] for v in known)
+        return Moments(moments.tokens, moments.square[index], magnitude, absmax, gram, low, high)
 
     def _over(self, width: int) -> Tensor:
         one = len(self.index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from transformers import (
 )
 
 from bitmill.checkpoint.tokenizer import load_tokenizer
-from bitmill.core.axes import Checkpoint
+from bitmill.core.axes import Checkpoint, inputs_of
 from bitmill.core.errors import BadFile, Refused
+from bitmill.numerics.inputs import check_inputs, input_hook
 from bitmill.source import open_source
 
 _PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
@@ -42,7 +44,10 @@ def load(
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model alone; see :func:`load`. No code of the model folder is run."""
+    """The model alone; see :func:`load`. No code of the model folder is run.
+
+    Where the checkpoint says that the inputs of a linear are rounded, hooks of the model round them.
+    """
     facts = {
         k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "auto_map", "dtype")
     }
@@ -59,6 +64,11 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Pr
         None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
     )
     _check(found, checkpoint)
+    inputs = inputs_of(checkpoint)
+    check_inputs(made, inputs, str(checkpoint.path))
+    for name, how in inputs.items():
+        linear = made.get_submodule(name.removesuffix(".weight"))
+        linear.register_forward_pre_hook(input_hook(partial(inputs.get, name, how)))
     text = checkpoint.carried.get("generation_config.json")
     if text is not None:
         made.generation_config = GenerationConfig.from_dict(json.loads(text))

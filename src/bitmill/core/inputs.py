@@ -1,0 +1,113 @@
+"""Input grids: what the inputs of a linear layer are rounded to while a model runs.
+
+The rows of an input grid are tokens. A runtime takes its parameters from the numbers that pass by, by one
+fixed rule, and stores nothing; only what a name calls static is fixed by calibration and stands in the file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from bitmill.core.errors import BadRecipe
+
+_TEXT = re.compile(
+    r"(int[2-8]|fp8-e4m3)-(token|tensor|g[1-9]\d{0,5}(?:-token)?)(?:-(static))?(?:-(sym|asym))?(?:-(static))?"
+)
+_SMALL = {"mxfp8": ("e4m3", 8), "mxfp6-e2m3": ("e2m3", 6), "mxfp4": ("e2m1", 4), "nvfp4": ("e2m1", 4)}
+_ALSO = {"mxfp6": "mxfp6-e2m3", "mxfp8-e4m3": "mxfp8", "mxfp4-e2m1": "mxfp4"}
+
+EXAMPLES = (
+    "int8-token", "int8-token-asym", "int8-tensor", "int8-tensor-static", "int8-tensor-static-asym",
+    "int4-token", "int4-g128-token", "fp8-e4m3-token", "fp8-e4m3-tensor", "fp8-e4m3-tensor-static",
+    "fp8-e4m3-g128-token", "mxfp8", "mxfp6-e2m3", "mxfp4", "nvfp4",
+)  # fmt: skip
+"""Spellings that help and documentation show."""
+
+
+@dataclass(frozen=True)
+class InputGrid:
+    """What a linear's input is rounded to; ``str`` is its canonical text.
+
+    Attributes:
+        element: ``int``, or a small float: ``e4m3 e2m3 e2m1``.
+        bits: of an element.
+        extent: whose largest value sets the scale: a ``token``, a ``group`` of a token's channels, or the
+            ``tensor`` that goes through the layer in one sequence.
+        group: channels of a group; 0 for the others.
+        symmetric: whether there is no zero point.
+        static: whether scale (and zero point) are fixed by calibration.
+        scaling: ``real``; ``mx``, powers of two; ``nv``, E4M3 under one fixed gain.
+    """
+
+    element: str
+    bits: int
+    extent: str
+    group: int = 0
+    symmetric: bool = True
+    static: bool = False
+    scaling: str = "real"
+
+    def __str__(self) -> str:
+        if self.scaling == "nv":
+            return "nvfp4"
+        kind = f"int{self.bits}" if self.element == "int" else f"fp{self.bits}-{self.element}"
+        if self.scaling == "mx":
+            return f"mxfp{self.bits}" + (f"-{self.element}" if self.bits == 6 else "")
+        extent = f"g{self.group}-token" if self.extent == "group" else self.extent
+        return f"{kind}-{extent}{'-static' * self.static}{'' if self.symmetric else '-asym'}"
+
+    @property
+    def fixed(self) -> tuple[str, ...]:
+        """Names of the parameters that calibration fixes."""
+        if self.scaling == "nv":
+            return ("gain",)
+        if not self.static:
+            return ()
+        return ("scale",) if self.symmetric else ("scale", "zero")
+
+    def refuses(self, columns: int) -> str | None:
+        """Why inputs of so many channels cannot be rounded, or None."""
+        if self.group and columns % self.group:
+            return f"{columns} channels are not a multiple of {self}'s group of {self.group}"
+        return None
+
+
+def find_inputs(text: str) -> InputGrid | None:
+    """The input grid that this lower-case text names, or None."""
+    text = _ALSO.get(text, text)
+    if text in _SMALL:
+        element, bits = _SMALL[text]
+        nested = text == "nvfp4"
+        return InputGrid(element, bits, "group", 16 if nested else 32, scaling="nv" if nested else "mx")
+    found = _TEXT.fullmatch(text)
+    if found is None:
+        return None
+    kind, extent, early, zero, late = found.groups()
+    static, whole = bool(early or late), kind.startswith("int")
+    if (static and extent != "tensor") or (early and late) or (zero == "asym" and not whole):
+        return None
+    group = int(extent[1:].partition("-")[0]) if extent.startswith("g") else 0
+    element, bits = ("int", int(kind[3:])) if whole else ("e4m3", 8)
+    return InputGrid(element, bits, "group" if group else extent, group, zero != "asym", static)
+
+
+def parse_inputs(text: str) -> InputGrid:
+    """The input grid that ``text`` names.
+
+    Raises:
+        BadRecipe: it names none; the message offers the closest spelling.
+    """
+    wanted = text.strip().lower()
+    grid = find_inputs(wanted)
+    if grid is not None:
+        return grid
+    if re.fullmatch(r".*-(token|g\d+|g\d+-token)(-a?sym)?-static(-a?sym)?", wanted):
+        raise BadRecipe(
+            f"no input grid is called {text!r}: one static scale serves a whole tensor",
+            fix="int8-tensor-static, or int8-token, whose scales come with each token",
+        )
+    close = difflib.get_close_matches(wanted, EXAMPLES, n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"for example: {', '.join(EXAMPLES[:8])}"
+    raise BadRecipe(f"no input grid is called {text!r}", fix=hint)
