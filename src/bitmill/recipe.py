@@ -61,8 +61,10 @@ KNOWN: Mapping[str, str] = {
     "awq": "awq + clip : int4-g128-asym > compressed-tensors",
     "awq-gptq": "awq + gptq : int4-g128-asym > compressed-tensors",
     "hqq": "hqq : int4-g64-fz > bitmill",
-    "nf4": "nearest : nf4-b64-dq > bitmill",
-    "fp4": "nearest : fp4-b64 > bitmill",
+    "nf4": "nearest : nf4-b64-dq > bitsandbytes",
+    "fp4": "nearest : fp4-b64 > bitsandbytes",
+    "int8": "nearest : llm-int8 > bitsandbytes",
+    "llm-int8": "nearest : llm-int8 > bitsandbytes",
     "fp8": "nearest : fp8-e4m3-channel > compressed-tensors",
     "fp8-tensor": "nearest : fp8-e4m3-tensor > compressed-tensors",
     "fp8-block": "nearest : fp8-e4m3-b128 > compressed-tensors",
@@ -461,7 +463,7 @@ def _container(text: str, grid: str) -> str:
     if grid in Mixture.names():
         return "gguf"
     value = registry.parse_grid(grid)
-    for name in ("gguf", "compressed_tensors", "bitmill"):
+    for name in ("gguf", "compressed_tensors", "bitsandbytes", "bitmill"):
         if registry.member("containers", name)().refuses(value, "q", (256, 256)) is None:
             return name
     raise BadRecipe(f"no container holds {grid!r}", fix="name one after '>'")

@@ -30,6 +30,7 @@ PUBLISHED_BPW = {
     "int4-g64-asym": 4.3125,
     "int4-g64-fz": 4.5,
     "int8-channel-sym-sf32": 8.0625,
+    "llm-int8": 8.0625,
     "q4_0": 4.5,
     "q4_1": 5.0,
     "q8_0": 8.5,

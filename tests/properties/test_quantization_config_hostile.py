@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from bitmill.checkpoint.safetensors import SafetensorsFolder
 from bitmill.containers.bitmill import Bitmill
+from bitmill.containers.bitsandbytes import Bitsandbytes
 from bitmill.containers.compressed_tensors import CompressedTensors
 from bitmill.containers.gptq import Gptq
 from bitmill.core.axes import Container
@@ -22,6 +23,7 @@ from tests.tiny import make_model
 from tests.written import rows_of, write
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
+GRIDS: dict[type[Container], str] = {Bitsandbytes: "nf4-b32-dq"}
 WORDS = [
     "int",
     "float",
@@ -51,13 +53,16 @@ VALUES = st.recursive(
 
 
 @pytest.fixture(
-    scope="module", params=[CompressedTensors(), Gptq(), Bitmill()], ids=lambda c: type(c).__name__
+    scope="module",
+    params=[CompressedTensors(), Gptq(), Bitmill(), Bitsandbytes()],
+    ids=lambda c: type(c).__name__,
 )
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     container: Container = request.param
     place = tmp_path_factory.mktemp("hostile")
     source = SafetensorsFolder(make_model(place / "model", "llama", **SIZES))
-    rows = rows_of(container, source, "f32", container.adapt(parse_grid("int4-g32-asym"), "f32"))
+    grid = parse_grid(GRIDS.get(type(container), "int4-g32-asym"))
+    rows = rows_of(container, source, "f32", container.adapt(grid, "f32"))
     return write(container, source, rows, place).path
 
 

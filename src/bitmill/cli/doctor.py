@@ -17,7 +17,7 @@ from bitmill.cli.options import Json
 CLIENTS = {
     "llama-cpp-python": "runs GGUF files",
     "libgguf": "llama.cpp's quantizers, for comparison",
-    "bitsandbytes": "loads and checks NF4 and FP4",
+    "bitsandbytes": "loads NF4, FP4 and LLM.int8() folders in transformers",
     "compressed-tensors": "loads compressed-tensors folders in transformers",
     "llmcompressor": "a peer to compare with",
     "gptqmodel": "loads GPTQ folders",

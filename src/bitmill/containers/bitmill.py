@@ -41,6 +41,7 @@ from bitmill.grids.dense import Dense
 from bitmill.grids.integer import Integer
 from bitmill.grids.kquant import KQuant
 from bitmill.grids.lattice import Lattice
+from bitmill.grids.llm_int8 import LlmInt8
 from bitmill.grids.minifloat import Minifloat
 from bitmill.grids.nonlinear import Nonlinear
 from bitmill.grids.table import Table
@@ -191,6 +192,8 @@ def _layout(grid: Grid, shape: tuple[int, int]) -> _Layout | None:
         blocks: dict[str, Planned] = {"d": ("F16", (out, columns // grid.block[1]))}
         runs: dict[str, Planned] = {"scales": ("I8", (out, columns // 32))}
         return _Layout(shape, 4, blocks | runs if str(grid) == "iq4_xs" else blocks)
+    if isinstance(grid, LlmInt8):
+        return _Layout(shape, 0, {"absmax": ("F32", (out, 1))})
     if isinstance(grid, Lattice):
         return _Layout((out, columns // 8), 16, {"scale": ("F32", (out, 1))})
     return None

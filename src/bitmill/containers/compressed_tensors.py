@@ -116,8 +116,8 @@ def _unknown(grid: Grid) -> str | None:
     text = str(grid)
     if text.startswith("q"):
         return "K-quants and their kin live in GGUF files: write > gguf"
-    if text.startswith(("nf4", "fp4")):
-        return "tables of levels are bitsandbytes' own: write > bitsandbytes, or > bitmill"
+    if text.startswith(("nf4", "fp4", "llm-int8")):
+        return f"{text} is bitsandbytes' own: write > bitsandbytes"
     return f"it has no layout for {text}; > bitmill holds it"
 
 

@@ -1,4 +1,4 @@
-"""Uniform integers with a scale a group and an optional zero: the grid of GPTQ, AWQ, HQQ, LLM.int8() and
+"""Uniform integers with a scale a group and an optional zero: the grid of GPTQ, AWQ, HQQ and
 compressed-tensors (Frantar et al., arXiv 2210.17323; Lin et al., arXiv 2306.00978)."""
 
 from __future__ import annotations
