@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +36,7 @@ def _weight(seed: int = 1, out: int = OUT, width: int = IN) -> Tensor:
     return torch.randn(out, width, generator=torch.Generator().manual_seed(seed))
 
 
-def _solve(grid: Grid, w: Tensor, moments: Moments, **options: float) -> Solution:
+def _solve(grid: Grid, w: Tensor, moments: Moments, **options: Any) -> Solution:
     return Gptq(**options).solve([Problem("w", "q", w, moments)], [grid])[0]
 
 
@@ -76,7 +78,7 @@ def test_blocks_and_groups_of_any_width_are_the_textbook(text: str, block: int):
     """Group borders inside a block, at its edge, and wider than it: the classic place for an index mix-up."""
     grid, w, moments = registry.parse_grid(text), _weight(), _moments()
     natural = torch.arange(IN)
-    ours = _solve(grid, w, moments, block=block, act_order=False).quantized.dense()
+    ours = _solve(grid, w, moments, block=block, order="natural").quantized.dense()
     _agree(ours, _textbook(w, grid, moments, natural), w, moments)
 
 
@@ -103,7 +105,7 @@ def test_vectors_are_block_elimination():
         error = (ahead[:, span] - value[:, span].double()) @ inverse[span, span].inverse()
         ahead[:, rest] -= error @ inverse[span, rest]
         inverse = inverse - inverse[:, span] @ inverse[span, span].inverse() @ inverse[span, :]
-    ours = _solve(grid, w, moments, act_order=False).quantized.dense()
+    ours = _solve(grid, w, moments, order="natural").quantized.dense()
     _agree(ours, value, w, moments)
 
 
@@ -249,3 +251,129 @@ def test_a_block_of_dead_channels_keeps_its_weights(text: str):
     error = (_solve(grid, w, quiet).quantized.dense() - w)[:, dead]
     plain = (grid.round(w).dense() - w)[:, dead]
     assert float(error.norm()) <= 1.1 * float(plain.norm())
+
+
+def _group_order(moments: Moments, group: int) -> Tensor:
+    """Groups by their loudest column, columns inside likewise."""
+    power = moments.square.tolist()
+    groups = [list(range(a, a + group)) for a in range(0, len(power), group)]
+    groups.sort(key=lambda columns: -max(power[c] for c in columns))
+    return torch.tensor([c for columns in groups for c in sorted(columns, key=lambda c: -power[c])])
+
+
+@pytest.mark.parametrize(("text", "group"), [("int4-g32-asym", 32), ("int2-g128-sym", 128), ("q4_k", 256)])
+def test_group_order_is_the_textbook_with_groups_kept_together(text: str, group: int):
+    grid, w, moments = registry.parse_grid(text), _weight(), _moments()
+    order = _group_order(moments, group)
+    assert sorted(order.tolist()) == list(range(IN))
+    ours = _solve(grid, w, moments, order="group").quantized.dense()
+    _agree(ours, _textbook(w, grid, moments, order), w, moments)
+
+
+@pytest.mark.parametrize("block", [24, 128])
+@pytest.mark.parametrize("order", ["natural", "group"])
+@pytest.mark.parametrize(("text", "group"), [("int4-g32-asym", 32), ("int3-g64-sym", 64), ("q4_0", 32)])
+def test_refitted_groups_see_what_the_columns_before_left_them(text: str, group: int, order: str, block: int):
+    """The paper's own way, one column at a time: when a group begins, its range is that of its columns."""
+    grid, w, moments = registry.parse_grid(text), _weight(), _moments()
+    assert moments.gram is not None
+    hessian = moments.gram.double()
+    hessian = hessian + DAMP * hessian.diagonal().mean() * torch.eye(IN, dtype=torch.float64)
+    places = torch.arange(IN) if order == "natural" else _group_order(moments, group)
+    ahead, inverse = w.double().clone(), hessian[places][:, places].inverse()
+    value, params = torch.empty_like(w), {}
+    for j, column in enumerate(places.tolist()):
+        first = column // group * group
+        if j % group == 0:
+            own = slice(first, first + group)
+            params = grid.fit(ahead[:, own].float(), moments.importance[own])
+        now = ahead[:, column : column + 1].float()
+        at = column - first
+        value[:, column : column + 1] = grid.decode(grid.encode(now, params, at), params, at)
+        error = (ahead[:, column] - value[:, column].double()) / inverse[j, j]
+        ahead[:, places] -= error[:, None] * inverse[j]
+        inverse = inverse - inverse[:, j : j + 1] * inverse[j : j + 1] / inverse[j, j]
+    solution = _solve(grid, w, moments, order=order, refit=True, block=block)
+    ours = solution.quantized.dense()
+    early = places[: 2 * group]  # later on a value that fell the other way may have moved a whole range
+    assert float((ours - value)[:, early].abs().gt(1e-5).double().mean()) < 0.02
+    assert _loss(ours - w, moments) == pytest.approx(_loss(value - w, moments), rel=0.02)
+    again = solution.quantized
+    assert torch.equal(grid.encode(again.dense(), again.params), again.codes)
+
+
+def test_refitting_needs_groups_of_their_own_that_stay_together():
+    with pytest.raises(ValueError, match="order=group"):
+        Gptq(refit=True)
+    with pytest.raises(ValueError, match="order is"):
+        Gptq(order="random")
+    solver, w, moments = Gptq(order="group", refit=True), _weight(), _moments()
+    for text in ("int4-g32-fz", "q4_k", "mxfp4", "nf4-b64", "int4-channel-sym", "int8-tensor-sym", "q4_0"):
+        grid = registry.parse_grid(text)
+        assert solver.refuses(grid) is None
+        assert torch.isfinite(
+            solver.solve([Problem("w", "q", w, moments)], [grid])[0].quantized.dense()
+        ).all()
+    for text in ("nvfp4", "nf4-b64-dq", "fp8-e4m3-b128"):
+        grid = registry.parse_grid(text)
+        assert "refit=false" in str(solver.refuses(grid))
+        with pytest.raises(ValueError, match="groups share"):
+            solver.solve([Problem("w", "q", w, moments)], [grid])
+
+
+def _drifted(seed: int = 0) -> tuple[Moments, Tensor, Tensor]:
+    """Moments of inputs that were a little different in the original model; both inputs, float64."""
+    rng = torch.Generator().manual_seed(seed)
+    mix = torch.randn(IN, IN, generator=rng) * torch.logspace(0, -2, IN)[:, None]
+    x = torch.randn(TOKENS, IN, generator=rng) @ mix + 0.05 * torch.randn(TOKENS, IN, generator=rng)
+    original = x + 0.1 * x @ (torch.randn(IN, IN, generator=rng) / IN**0.5) + 0.01
+    cross = (original - x).T @ x
+    told = Moments(TOKENS, x.square().sum(0), x.abs().sum(0), x.abs().amax(0), x.T @ x, cross)
+    return told, x.double(), original.double()
+
+
+@pytest.mark.parametrize("order", ["act", "natural"])
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_asymmetric_calibration_is_the_papers_loop(order: str, share: float):
+    """After each column ``q`` its drift ``w_q Δx_q`` is left to the columns ``F`` behind it: plus
+    ``w_q Δx_q X_Fᵀ (X_F X_Fᵀ)⁻¹`` of them."""
+    moments, x, original = _drifted()
+    grid, w = registry.parse_grid("int4-channel-sym"), _weight(out=8)
+    hessian = x.T @ x
+    hessian = hessian + DAMP * hessian.diagonal().mean() * torch.eye(IN, dtype=torch.float64)
+    places = torch.arange(IN) if order == "natural" else moments.square.argsort(descending=True, stable=True)
+    drift = (original - x).T @ x
+    shifted = w.double().clone()
+    for j, column in enumerate(places.tolist()):
+        behind = places[j + 1 :]
+        pull = drift[column, behind] @ hessian[behind][:, behind].inverse()
+        shifted[:, behind] += share * w.double()[:, column : column + 1] * pull
+    theirs = _textbook(shifted.float(), grid, moments, places)
+    ours = _solve(grid, w, moments, order=order, asymmetric=share).quantized.dense()
+    _agree(ours, theirs, shifted.float(), moments)
+
+
+def test_asymmetric_calibration_comes_closer_to_the_original_output():
+    moments, x, original = _drifted()
+    grid, w = registry.parse_grid("int4-g64-asym"), _weight()
+    wanted = original @ w.double().T
+
+    def missed(share: float) -> float:
+        value = _solve(grid, w, moments, asymmetric=share).quantized.dense().double()
+        return float((x @ value.T - wanted).square().sum())
+
+    assert missed(1.0) < 0.8 * missed(0.25) < 0.8 * missed(0.0)
+
+
+@pytest.mark.parametrize("text", ["int4-g32-asym", "q4_k", "e8p"])
+def test_without_a_drift_asymmetric_is_plain_bit_for_bit(text: str):
+    grid, w, moments = registry.parse_grid(text), _weight(), _moments()
+    still = replace(moments, cross=torch.zeros(IN, IN))
+    ours = _solve(grid, w, still, asymmetric=0.25).quantized
+    plain = _solve(grid, w, moments).quantized
+    assert torch.equal(ours.codes, plain.codes)
+    assert all(torch.equal(ours.params[k], plain.params[k]) for k in plain.params)
+    with pytest.raises(Refused, match="original model"):
+        _solve(grid, w, moments, asymmetric=0.25)
+    with pytest.raises(ValueError, match="share"):
+        Gptq(asymmetric=1.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from bitmill import mill, planning, walk
+from bitmill.calibrate.moments import load_moments
 from bitmill.calibrate.stream import Stream
-from bitmill.core.errors import Refused, Unsolvable
+from bitmill.core.errors import Interrupted, Refused, Unsolvable
 from bitmill.journal import report_path
 from bitmill.planning import plan
 from bitmill.recipe import parse
@@ -204,3 +206,70 @@ def test_a_solver_does_not_change_which_types_a_mixture_names(model: Path) -> No
         plan(parse(f"{solver} : Q4_0 > gguf"), source).bpw_linears for solver in ("nearest", "gptq", "clip")
     }
     assert sizes == {4.5}
+
+
+def test_cross_moments_compare_the_quantized_stream_with_the_original_one(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Taken again the plain way: both models whole, up to the second block, and what its linears see."""
+    recipe, saved, x = "gptq(asymmetric=0.25) : int3-g32-asym > bitmill", tmp_path / "m", tokens(6, 32)
+    monkeypatch.setattr(walk, "STEP_TOKENS", 64)  # three micro-batches
+    mill.quantize(str(model), recipe, tmp_path / "out", calib=x, save=saved)
+    known, _ = load_moments(saved)
+    inputs: list[dict[str, torch.Tensor]] = []
+    paths = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+    for folder in (model, tmp_path / "out"):
+        stream, seen = Stream(open_source(str(folder))), {}
+        hidden = stream.block(0).forward(stream.embed(x))
+        stream.block(1).watched(hidden, {p: partial(seen.__setitem__, p) for p in paths})
+        inputs.append(seen)
+    for path in paths:
+        was, now = (seen[path].flatten(0, 1) for seen in inputs)
+        moments = known[f"model.layers.1.{path}.weight"]
+        assert moments.cross is not None and moments.gram is not None
+        scale = float(moments.gram.abs().max())
+        torch.testing.assert_close(moments.gram, now.T @ now, rtol=0, atol=1e-4 * scale)
+        torch.testing.assert_close(moments.cross, (was - now).T @ now, rtol=0, atol=1e-4 * scale)
+        assert float(moments.cross.abs().max()) > 1e-3 * scale
+    first = known["model.layers.0.self_attn.q_proj.weight"].cross
+    assert first is not None and not first.any()
+    with pytest.raises(Refused, match="original model"):
+        mill.quantize(
+            str(model), "gptq : int3-g32-asym > bitmill", tmp_path / "p", calib=x, save=tmp_path / "n"
+        )
+        mill.quantize(str(model), recipe, tmp_path / "q", moments=tmp_path / "n")
+
+
+@pytest.mark.parametrize("options", ["", ", sequential=false"])
+def test_asymmetric_calibration_resumes_with_both_streams(options: str, model: Path, tmp_path: Path) -> None:
+    recipe = f"awq + gptq(asymmetric=0.25{options}) : int3-g32-asym > bitmill"
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    mill.quantize(str(model), recipe, whole, calib=tokens(6, 32))
+
+    def stop(event: str) -> None:
+        if event == "block 1: live renamed":
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        mill.quantize(str(model), recipe, parts, calib=tokens(6, 32), boundary=stop)
+    report = mill.quantize(str(model), recipe, parts, calib=tokens(6, 32))
+    assert report.resumed
+    a, b = (open_source(str(folder)) for folder in (whole, parts))
+    assert all(torch.equal(a.read(name), b.read(name)) for name in a.tensors)
+
+
+def test_a_solver_that_is_not_sequential_sees_the_block_as_it_was(model: Path, tmp_path: Path) -> None:
+    folders = {name: tmp_path / name for name in ("true", "false")}
+    saved = {name: tmp_path / f"{name}.safetensors" for name in folders}
+    for name, out in folders.items():
+        recipe = f"gptq(sequential={name}) : int3-g32-asym > bitmill"
+        mill.quantize(str(model), recipe, out, calib=tokens(8, 32), save=saved[name])
+    stream, seen = Stream(open_source(str(model))), {}
+    block, path = stream.block(0), "mlp.down_proj"
+    block.watched(stream.embed(tokens(8, 32)), {path: partial(seen.__setitem__, path)})
+    x = seen[path].flatten(0, 1)
+    grams = {
+        name: load_moments(file)[0][f"model.layers.0.{path}.weight"].gram for name, file in saved.items()
+    }
+    error = {name: float((gram - x.T @ x).norm() / (x.T @ x).norm()) for name, gram in grams.items()}
+    assert error["false"] < 1e-5 < 1e-3 < error["true"]

@@ -24,7 +24,7 @@ def test_known_names_parse_in_any_case_and_round_trip(name: str) -> None:
         "nearest : mxfp4, dtype=bf16 > compressed-tensors",
         "nearest : Q4_K_M > gguf",
         r"nearest : Q4_K_M, embed=q8_0, /blk\.[0-3]\.ffn_(up|down)/=q6_k, /^(?:a:b>c,d=e)$/=f16, pure > gguf",
-        "gptq(damp=0.1, act_order=false) : int3-g128-sym, fallback=int8-channel-sym > compressed-tensors",
+        "gptq(damp=0.1, order=natural) : int3-g128-sym, fallback=int8-channel-sym > compressed-tensors",
     ],
 )
 def test_text_round_trips(text: str) -> None:
@@ -32,8 +32,8 @@ def test_text_round_trips(text: str) -> None:
 
 
 def test_options_are_values() -> None:
-    recipe = parse("gptq(damp=0.1, act_order=off):int4-g64-asym")
-    assert recipe.solver == Call("gptq", (("damp", 0.1), ("act_order", False)))
+    recipe = parse("gptq(damp=0.1, refit=off):int4-g64-asym")
+    assert recipe.solver == Call("gptq", (("damp", 0.1), ("refit", False)))
     assert recipe.container == "compressed_tensors"
 
 

@@ -7,14 +7,14 @@ diagonals, so an orthogonal map on the residual stream first moves every norm's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bitmill.core.axes import LinearMap, Seam
-from bitmill.families.base import Family
+from bitmill.core.axes import Checkpoint, LinearMap, Seam, Transform
+from bitmill.families.base import Family, head_dim, traits
 
 Read = Callable[[str], Tensor]
 
@@ -79,6 +79,25 @@ class FixedFold:
         if role in ("o", "down"):
             return map_.write(rows)
         return rows
+
+
+def fixed_fold(family: Family, transforms: Sequence[Transform], source: Checkpoint) -> FixedFold:
+    """The maps of ``transforms`` that are known before the walk."""
+    residual: LinearMap | None = None
+    value: dict[int, LinearMap] = {}
+    for transform in transforms:
+        if transform.needs != "nothing":
+            continue
+        for name in transform.seams():
+            seam = family.seam(name)
+            if seam is None or transform.kind not in seam.allows:
+                continue
+            if name == "residual":
+                residual, _ = transform.fit(seam, None, int(source.config["hidden_size"]), ())
+            else:
+                for layer in range(traits(source.config)["layers"]):
+                    value[layer], _ = transform.fit(seam, layer, head_dim(source.config), ())
+    return FixedFold(family, residual, value, tied="lm_head.weight" not in source.tensors)
 
 
 def fold_diagonal(

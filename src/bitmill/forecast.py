@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bitmill.core.axes import Solver, VectorGrid
+from bitmill.core.axes import CalibratedSolver, Solver, VectorGrid
 from bitmill.core.types import Row
 
 BASE_BYTES = 450 << 20  # an interpreter with torch, transformers and numba loaded
@@ -51,13 +51,16 @@ def cost(
     if needs == "nothing":
         return BASE_BYTES + 16 * min(largest, 1 << 26), 2.0 + seconds
     tokens = nsamples * seqlen
-    hidden = 2 * tokens * int(config["hidden_size"]) * 4
-    activations = min(staged_bytes(config, tokens), STAGED_BYTES)
-    operations, grams = 4.0 * weights * tokens, 0
+    streams = 1 + (isinstance(solver, CalibratedSolver) and solver.cross)  # the original model runs along
+    hidden = 2 * tokens * int(config["hidden_size"]) * 4 * streams
+    activations = min(staged_bytes(config, tokens) * streams, STAGED_BYTES)
+    operations, grams = 4.0 * weights * tokens * streams, 0
     if needs == "gram":
-        grams = 4 * 4 * widest * widest
+        grams = 4 * (2 + 2 * streams) * widest * widest
         operations += 2 * tokens * 3 * widest * widest * max(len(blocks), 1)
         operations += sum(2 * math.prod(row.shape) * row.shape[1] for row in matrices) * solver.passes
         seconds += solver.passes * sought / (PLACED * cores)
-    block = 4 * max(blocks.values(), default=0)
+    if streams > 1:
+        operations += 2 * 2 * tokens * 3 * widest * widest * max(len(blocks), 1)
+    block = 4 * max(blocks.values(), default=0) * streams
     return BASE_BYTES + block + hidden + activations + grams, 5.0 + seconds + operations / (RATE * cores)

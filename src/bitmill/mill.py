@@ -16,7 +16,7 @@ from bitmill.calibrate.moments import load_moments, save_moments
 from bitmill.calibrate.tokens import Calibration, calibration_tokens
 from bitmill.calibrate.windows import tokens_sha256
 from bitmill.checkpoint.imatrix import read_imatrices
-from bitmill.core.axes import Checkpoint
+from bitmill.core.axes import CalibratedSolver, Checkpoint
 from bitmill.core.errors import BitmillError, Interrupted, Refused
 from bitmill.core.types import Moments, Note
 from bitmill.journal import RESUME, Boundary, Workspace, report_path
@@ -215,6 +215,13 @@ def _refuse_foreign_moments(
             f"the moments file lacks {len(missing)} of the weights to place",
             where=missing[0],
             fix="take them again",
+        )
+    solver = made.recipe.make_solver()
+    cross = isinstance(solver, CalibratedSolver) and solver.cross
+    if cross and any(known[row.name].cross is None for row in made.rows if row.solved):
+        raise Refused(
+            f"these moments do not compare with the original model, and {made.recipe.solver} needs that",
+            fix="take them again with this recipe",
         )
     if made.needs == "gram" and any(known[row.name].gram is None for row in made.rows if row.solved):
         raise Refused(

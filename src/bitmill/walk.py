@@ -4,7 +4,9 @@ Two ways to walk a calibrated block, chosen by memory alone. *Staged*: every cal
 block at once, in micro-batches that wait for each other, and each group of linears is solved the moment its
 input exists, so that later groups see the error of earlier ones and the block runs a single time. *Two
 passes*: moments of the dense block in micro-batches, solve, then the quantized block's outputs. A fitted
-transform needs the moments of the whole block first, hence two passes.
+transform needs the moments of the whole block first, hence two passes; so does a solver whose ``sequential``
+is false. Where a solver asks for cross moments, the original model's hidden states go along beside the
+quantized one's.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +22,13 @@ from torch import Tensor
 
 from bitmill.account import Report
 from bitmill.calibrate.moments import MomentSum
-from bitmill.calibrate.stream import Block, Stream
+from bitmill.calibrate.stream import Block, Stream, Twin
 from bitmill.calibrate.tokens import Calibration
-from bitmill.core.axes import Checkpoint, Container, LinearMap, Solver
+from bitmill.core.axes import CalibratedSolver, Checkpoint, Container, Solver
 from bitmill.core.errors import Refused, Unsolvable
 from bitmill.core.types import Moments, Note, Problem, Quantized, Row
-from bitmill.families.base import head_dim, traits
-from bitmill.folding import FixedFold, fold_diagonal
+from bitmill.families.base import traits
+from bitmill.folding import fixed_fold, fold_diagonal
 from bitmill.forecast import STAGED_BYTES, staged_bytes
 from bitmill.journal import Workspace
 from bitmill.planning import Plan
@@ -45,11 +48,14 @@ class _Stage:
     group: Sequence[Row]
     total: MomentSum
     solve: Callable[[Sequence[Row], Moments], None]
+    twin: Twin | None = None
 
     def see(self, x: Tensor) -> None:
-        self.total.add(x, self.group[0].name)
+        self.total.add(x, self.group[0].name, None if self.twin is None else self.twin.take())
 
     def close(self) -> None:
+        if self.twin is not None:
+            self.twin.advance()
         self.solve(self.group, self.total.moments())
 
 
@@ -72,11 +78,15 @@ class Walk:
 
     def __post_init__(self) -> None:
         self.solver: Solver = self.plan.recipe.make_solver()
+        told = self.solver if isinstance(self.solver, CalibratedSolver) else None
+        self._sequential, self._cross = (True, False) if told is None else (told.sequential, told.cross)
+        self._original: Tensor | None = None  # hidden states of the model as it was, for cross moments
         self.container: Container = self.plan.container
-        self.fold = fixed_fold(self.plan, self.source)
+        transforms = self.plan.recipe.make_transforms()
+        self.fold = fixed_fold(self.plan.family, transforms, self.source)
         self.fitted = [
             (call.name, t)
-            for call, t in zip(self.plan.recipe.transforms, self.plan.recipe.make_transforms(), strict=True)
+            for call, t in zip(self.plan.recipe.transforms, transforms, strict=True)
             if t.needs != "nothing"
         ]
         self.notes += self.calibration.notes
@@ -99,6 +109,7 @@ class Walk:
             before = len(self.notes)
             if stream is not None and hidden is None:
                 hidden = stream.embed(self.calibration.tokens)
+                self._original = hidden.clone() if self._cross else None
             hidden = self._block(index, stream, hidden)
             self._journal(f"block {index}", before, hidden if index + 1 < len(layers) else None)
             self.tell("block", index + 1, len(layers), self._block_line(index))
@@ -186,13 +197,15 @@ class Walk:
             self._solve_known(index, rows, tensors)
             return None
         block = stream.block(index, read=tensors.__getitem__)
-        if not self.fitted and self.fits_staged(hidden):
-            return self._staged(block, rows, tensors, hidden)
+        if not self.fitted and self._sequential and self.fits_staged(hidden):
+            twin = stream.block(index, read=tensors.__getitem__) if self._cross else None
+            return self._staged(block, rows, tensors, hidden, twin)
         return self._two_passes(block, rows, tensors, hidden)
 
     def fits_staged(self, hidden: Tensor) -> bool:
         """Whether all calibration tokens may be inside one block at once."""
-        return staged_bytes(self.source.config, hidden.shape[0] * hidden.shape[1]) <= STAGED_BYTES
+        tokens = hidden.shape[0] * hidden.shape[1]
+        return staged_bytes(self.source.config, tokens) * (1 + self._cross) <= STAGED_BYTES
 
     def _solve_alone(self, row: Row) -> None:
         weight = self._read(row.name)
@@ -236,8 +249,14 @@ class Walk:
             hidden[a : a + batch] = after
         return hidden
 
+    @torch.no_grad()
     def _staged(
-        self, block: Block, rows: Sequence[Row], tensors: dict[str, Tensor], hidden: Tensor
+        self,
+        block: Block,
+        rows: Sequence[Row],
+        tensors: dict[str, Tensor],
+        hidden: Tensor,
+        original: Block | None,
     ) -> Tensor:
         first = hidden[:1].clone()
         before = block.forward(first)
@@ -247,13 +266,20 @@ class Walk:
                 block.assign(name.removeprefix(block.prefix), value)
                 del tensors[name]  # the block computes with the new values: the old ones are memory
 
+        groups, batch = self._groups(block, rows, hidden), max(1, STEP_TOKENS // hidden.shape[1])
+        paths = [_path(block, group) for group in groups]
+        twin = None
+        if original is not None and self._original is not None:
+            twin = Twin(original, self._original, paths, batch)
         gates = {
-            group[0].name.removeprefix(block.prefix).removesuffix(".weight"): _Stage(
-                group, MomentSum(group[0].shape[1], self.plan.needs == "gram", hidden.device), solve
-            )
-            for group in self._groups(block, rows, hidden)
+            path: _Stage(group, self._sum(group, hidden), solve, twin)
+            for path, group in zip(paths, groups, strict=True)
         }
-        block.in_step(hidden, gates, max(1, STEP_TOKENS // hidden.shape[1]))
+        try:
+            block.in_step(hidden, gates, batch)
+        finally:
+            if twin is not None:
+                twin.close()
         self._write_kept(rows, tensors)
         self._canary(block.index, first, before, hidden[:1])
         return hidden
@@ -274,6 +300,9 @@ class Walk:
             )
         return [group for group in groups if group]
 
+    def _sum(self, group: Sequence[Row], hidden: Tensor) -> MomentSum:
+        return MomentSum(group[0].shape[1], self.plan.needs == "gram", hidden.device, self._cross)
+
     def _kept(self, group: Sequence[Row], moments: Moments) -> Moments:
         if self.keep_moments:
             self.kept_moments.update({row.name: moments for row in group})
@@ -283,13 +312,17 @@ class Walk:
         self, block: Block, groups: Sequence[Sequence[Row]], hidden: Tensor, batch: int
     ) -> dict[str, Moments]:
         sums: dict[str, MomentSum] = {}
+        seen: dict[str, Tensor] = {}
         hooks = {}
         for group in groups:
-            total = MomentSum(group[0].shape[1], self.plan.needs == "gram", hidden.device)
-            sums[group[0].name] = total
-            path = group[0].name.removeprefix(block.prefix).removesuffix(".weight")
-            hooks[path] = lambda x, total=total, name=group[0].name: total.add(x, name)
+            total = sums[group[0].name] = self._sum(group, hidden)
+            path, name = _path(block, group), group[0].name
+            hooks[path] = lambda x, add=total.add, path=path, name=name: add(x, name, seen.get(path))
+        keep = {path: partial(seen.__setitem__, path) for path in hooks}
         for a in range(0, hidden.shape[0], batch):
+            if self._original is not None:
+                part = self._original[a : a + batch]
+                part.copy_(block.watched(part, keep))
             block.watched(hidden[a : a + batch], hooks)
         return {
             row.name: moments
@@ -345,7 +378,8 @@ class Walk:
         values: dict[str, Tensor] = {}
         for stack, solution in zip(stacks.values(), solutions, strict=True):
             self.notes += solution.notes
-            for row, quantized in zip(stack, _unstacked(stack, solution.quantized), strict=True):
+            parts = solution.quantized.parts([row.shape[0] for row in stack])
+            for row, quantized in zip(stack, parts, strict=True):
                 dense = quantized.dense()
                 self._record_error(row, tensors[row.name], dense, moments)
                 self._write(row, quantized)
@@ -409,6 +443,8 @@ class Walk:
             "block_error": self.blocks.get(unit),
         }
         live = None if hidden is None else {"hidden": hidden.cpu()}
+        if live is not None and self._original is not None:
+            live["original"] = self._original.cpu()
         self.space.finish_unit(unit, record, live)
 
     def _recall(self, record: Mapping[str, Any]) -> None:
@@ -419,7 +455,9 @@ class Walk:
 
     def _hidden_so_far(self, done: Sequence[Mapping[str, Any]]) -> Tensor | None:
         if done and "live" in done[-1]:
-            return self.space.load_live(done[-1]["live"])["hidden"].to(self.device)
+            live = self.space.load_live(done[-1]["live"])
+            self._original = live["original"].to(self.device) if self._cross else None
+            return live["hidden"].to(self.device)
         return None
 
     def _block_line(self, index: int) -> str:
@@ -431,47 +469,16 @@ class Walk:
         return text if out is None else f"{text}, output by {100 * out:.2f} %"
 
 
+def _path(block: Block, group: Sequence[Row]) -> str:
+    return group[0].name.removeprefix(block.prefix).removesuffix(".weight")
+
+
 def all_finite(values: Tensor) -> bool:
     """Whether no value is NaN or infinite; one pass, no mask."""
     return values.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
-
-
-def fixed_fold(made: Plan, source: Checkpoint) -> FixedFold:
-    """The maps of a plan that are known before the walk."""
-    residual: LinearMap | None = None
-    value: dict[int, LinearMap] = {}
-    family = made.family
-    for transform in made.recipe.make_transforms():
-        if transform.needs != "nothing":
-            continue
-        for name in transform.seams():
-            seam = family.seam(name)
-            if seam is None or transform.kind not in seam.allows:
-                continue
-            if name == "residual":
-                residual, _ = transform.fit(seam, None, int(source.config["hidden_size"]), ())
-            else:
-                for layer in range(traits(source.config)["layers"]):
-                    value[layer], _ = transform.fit(seam, layer, head_dim(source.config), ())
-    return FixedFold(family, residual, value, tied="lm_head.weight" not in source.tensors)
 
 
 def _stacked(stack: Sequence[Row], tensors: Mapping[str, Tensor]) -> Tensor:
     if len(stack) == 1:
         return tensors[stack[0].name]
     return torch.cat([tensors[row.name] for row in stack])
-
-
-def _unstacked(stack: Sequence[Row], quantized: Quantized) -> list[Quantized]:
-    if len(stack) == 1:
-        return [quantized]
-    parts, start, total = [], 0, quantized.shape[0]
-    for row in stack:
-        stop = start + row.shape[0]
-        params = {
-            k: v[start:stop] if v.dim() and v.shape[0] == total else v for k, v in quantized.params.items()
-        }
-        shape = (row.shape[0], row.shape[1])
-        parts.append(replace(quantized, codes=quantized.codes[start:stop], params=params, shape=shape))
-        start = stop
-    return parts

@@ -31,24 +31,30 @@ class MomentSum:
         width: channels of the input.
         gram: whether to keep ``x xᵀ`` (``width² × 4`` bytes) or its diagonal only.
         signed: whether to keep the smallest and largest ``x``, not the largest magnitude only.
+        cross: whether to keep ``(x̃ - x) xᵀ`` too, with the original model's ``x̃``.
     """
 
     width: int
     gram: bool
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     signed: bool = False
+    cross: bool = False
 
     def __post_init__(self) -> None:
         self.tokens = 0
         self._square, self._magnitude, self._absmax = (self._zeros(self.width) for _ in range(3))
         self._gram = self._zeros(self.width, self.width) if self.gram else None
         self._low = self._high = None if not self.signed else self._zeros(self.width)
+        self._cross = self._zeros(self.width, self.width) if self.cross else None
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.float32, device=self.device)
 
-    def add(self, x: Tensor, where: str) -> None:
+    def add(self, x: Tensor, where: str, original: Tensor | None = None) -> None:
         """Add ``tokens in`` activations.
+
+        Args:
+            original: the same tokens' activations in the original model, where ``cross`` is kept.
 
         Raises:
             Unsolvable: an activation is NaN or infinite; ``where`` is named.
@@ -73,6 +79,8 @@ class MomentSum:
             self._square += x.square().sum(0)
         else:
             _add_upper(self._gram, x, 0, self.width)
+        if self._cross is not None and original is not None:
+            self._cross.addmm_((original.reshape(-1, self.width).float() - x).T, x)
 
     def moments(self) -> Moments:
         """The sums so far, as a frozen record. The accumulator must not be used afterwards."""
@@ -82,7 +90,7 @@ class MomentSum:
         else:
             _mirror(gram)
             square = gram.diagonal().clone()
-        return Moments(self.tokens, square, self._magnitude, self._absmax, gram, self._low, self._high)
+        return Moments(self.tokens, square, self._magnitude, self._absmax, gram, self._low, self._high, self._cross)
 
 
 def _add_upper(gram: Tensor, x: Tensor, start: int, stop: int) -> None:
@@ -129,6 +137,7 @@ def save_moments(path: Path, moments: Mapping[str, Moments], facts: Mapping[str,
                 "gram": record.gram,
                 "low": record.low,
                 "high": record.high,
+                "cross": record.cross,
             }
             tensors[f"{key}/tokens"] = torch.tensor(record.tokens)
             tensors.update({f"{key}/{n}": part.contiguous() for n, part in parts.items() if part is not None})
@@ -157,9 +166,9 @@ def load_moments(path: Path) -> tuple[dict[str, Moments], dict[str, str]]:
 
 
 def _record(file: safe_open, key: str, stored: Set[str]) -> Moments:
-    magnitude, absmax, gram, low, high = (
+    magnitude, absmax, gram, low, high, cross = (
         file.get_tensor(f"{key}/{part}") if f"{key}/{part}" in stored else None
-        for part in ("magnitude", "absmax", "gram", "low", "high")
+        for part in ("magnitude", "absmax", "gram", "low", "high", "cross")
     )
     tokens, square = (file.get_tensor(f"{key}/{part}") for part in ("tokens", "square"))
-    return Moments(int(tokens), square, magnitude, absmax, gram, low, high)
+    return Moments(int(tokens), square, magnitude, absmax, gram, low, high, cross)

@@ -8,7 +8,9 @@ layer was called with (positions, masks) is kept. Memory is one block and the hi
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any, Protocol
 
@@ -120,11 +122,20 @@ class Block:
             gates: by path of a linear, in the order the block calls them.
             batch: sequences of a micro-batch.
         """
+        with closing(self.steps(hidden, {path: gate.see for path, gate in gates.items()}, batch)) as steps:
+            for path in steps:
+                gates[path].close()
+
+    def steps(
+        self, hidden: Tensor, see: Mapping[str, Callable[[Tensor], None]], batch: int
+    ) -> Generator[str, None, None]:
+        """As :meth:`in_step`, one gate after the other: its path, once every micro-batch has shown its input
+        to ``see[path]`` and waits there. To be closed, and run through, where gradients are off."""
         here = getcurrent()
 
         def stop(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-                gates[path].see(args[0])
+                see[path](args[0])
                 here.switch(path)
 
             return hook
@@ -133,9 +144,9 @@ class Block:
             part = hidden[first : first + batch]
             part.copy_(self.forward(part))
 
-        order = {path: place for place, path in enumerate(gates)}
+        order = {path: place for place, path in enumerate(see)}
         waiting: dict[greenlet, str] = {}
-        with torch.no_grad(), _hooks({path: stop(path) for path in gates}, self.module):
+        with torch.no_grad(), _hooks({path: stop(path) for path in see}, self.module):
             try:
                 for first in range(0, hidden.shape[0], batch):
                     one = greenlet(run)
@@ -145,7 +156,7 @@ class Block:
                 while waiting:
                     # A router may send no token of a micro-batch to an expert: those further on stay there.
                     gate = min(waiting.values(), key=order.__getitem__)
-                    gates[gate].close()
+                    yield gate
                     for one in [w for w, place in waiting.items() if place == gate]:
                         place = one.switch()
                         if place is None:
@@ -155,6 +166,35 @@ class Block:
             finally:
                 for one in waiting:  # an error leaves the others inside the block, hooks and all
                     one.throw()
+
+
+class Twin:
+    """A block of the original model on that model's own hidden states, a gate ahead of the same block that is
+    being quantized: what its inputs would have been.
+
+    Args:
+        block: with the weights as they were.
+        hidden: ``n T H`` of the original model; becomes the block's output.
+        paths, batch: the gates and micro-batches of the other one.
+    """
+
+    def __init__(self, block: Block, hidden: Tensor, paths: Sequence[str], batch: int) -> None:
+        self._seen: deque[Tensor] = deque()
+        self._steps = block.steps(hidden, dict.fromkeys(paths, self._seen.append), batch)
+        self.advance()
+
+    def take(self) -> Tensor:
+        """The input of the next micro-batch at this gate."""
+        return self._seen.popleft()
+
+    def advance(self) -> None:
+        """On to the next gate, or through the block."""
+        self._seen.clear()
+        next(self._steps, None)
+
+    def close(self) -> None:
+        """Out of the block, wherever it is."""
+        self._steps.close()
 
 
 class Gate(Protocol):

@@ -282,6 +282,21 @@ class Solver(ABC):
         """One solution a problem. The problems share their input, hence their moments."""
 
 
+class CalibratedSolver(Solver):
+    """A solver that says how the walk takes the moments of its inputs."""
+
+    @property
+    @abstractmethod
+    def sequential(self) -> bool:
+        """Whether the inputs of a block's later weights are those behind its earlier weights as quantized;
+        if not, all are the inputs of the block as it was."""
+
+    @property
+    @abstractmethod
+    def cross(self) -> bool:
+        """Whether it asks for :attr:`~bitmill.core.types.Moments.cross`: the original model runs along."""
+
+
 @dataclass(frozen=True)
 class Weight:
     """What allocation may look at: everything about a tensor but its data.

@@ -5,7 +5,7 @@ Shapes: weights are ``out in``, activations ``tokens in``. Nothing here knows a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -59,6 +59,13 @@ class Quantized:
         params = {k: v[index] if v.dim() and v.shape[0] == out else v for k, v in self.params.items()}
         return replace(self, codes=self.codes[index], params=params)
 
+    def parts(self, heights: Sequence[int]) -> list[Quantized]:
+        """Runs of rows, ``heights`` of them each, as weights of their own."""
+        if len(heights) == 1:
+            return [self]
+        every = torch.arange(self.shape[0], device=self.codes.device).split(list(heights))
+        return [replace(self.rows(index), shape=(len(index), self.shape[1])) for index in every]
+
 
 @dataclass(frozen=True, eq=False)
 class Moments:
@@ -71,6 +78,8 @@ class Moments:
         absmax: largest ``|x|`` a channel, ``in``; absent as ``magnitude`` is.
         gram: sum of ``x xᵀ``, ``in in``; absent when no solver needs it.
         low, high: smallest and largest ``x`` a channel, ``in``; absent unless a zero point is to be fixed.
+        cross: sum of ``(x̃ - x) xᵀ``, ``in in``, where ``x̃`` is the same token's input in the original model
+            and ``x`` behind blocks that are quantized already; absent when no solver needs it.
     """
 
     tokens: int
@@ -80,6 +89,7 @@ class Moments:
     gram: Tensor | None = None
     low: Tensor | None = None
     high: Tensor | None = None
+    cross: Tensor | None = None
 
     @property
     def importance(self) -> Tensor:
@@ -96,6 +106,7 @@ class Moments:
             _both(torch.add, self.gram, other.gram),
             _both(torch.minimum, self.low, other.low),
             _both(torch.maximum, self.high, other.high),
+            _both(torch.add, self.cross, other.cross),
         )
 
     @property

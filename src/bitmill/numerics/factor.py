@@ -20,7 +20,7 @@ LADDER = (1.0, 2.0, 10.0, 20.0, 100.0)
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """An upper triangular ``U`` with ``Uᵀ U = (H + damping · mean(diag H) · I)⁻¹``.
+    """An upper triangular ``U`` with ``Uᵀ U = (H / mean + damping · I)⁻¹``.
 
     Attributes:
         upper: ``in in`` float32.
@@ -28,12 +28,14 @@ class Factor:
         dead: channels that no calibration token excited, ``in`` bool; nothing but damping is
             known of them, and they are uncoupled from all others.
         wide: whether float32 was not enough.
+        mean: ``mean(diag H)`` over the channels that are not dead, by which ``H`` was divided.
     """
 
     upper: Tensor
     damping: float
     dead: Tensor
     wide: bool
+    mean: float
 
 
 def upper_inverse_factor(gram: Tensor, damp: float, where: str, order: Tensor | None = None) -> Factor:
@@ -62,7 +64,7 @@ def upper_inverse_factor(gram: Tensor, damp: float, where: str, order: Tensor | 
             # One expression, so that nothing here holds on to a matrix that is no longer needed.
             upper = _factor(_damped(gram, backwards, dead.flip(0), mean, damp * rung, dtype))
             if upper is not None:
-                return Factor(upper, damp * rung, dead, dtype == torch.float64)
+                return Factor(upper, damp * rung, dead, dtype == torch.float64, mean)
     raise Unsolvable(
         f"the Gram matrix of {len(diagonal)} inputs is not positive definite even with damping "
         f"{damp * LADDER[-1]:g}: it was damaged, or holds far fewer independent samples than inputs",

@@ -50,13 +50,15 @@ class Diagonal(LinearMap):
         """Exact."""
         scale = self._over(moments.square.shape[0])
         size = scale.abs()
-        gram = None if moments.gram is None else moments.gram / scale / scale[:, None]
+        gram, cross = (
+            None if m is None else m / scale / scale[:, None] for m in (moments.gram, moments.cross)
+        )
         square = moments.square / scale.square() if gram is None else gram.diagonal().clone()
         magnitude, absmax = (None if v is None else v / size for v in (moments.magnitude, moments.absmax))
         low, high = (None if v is None else v / scale for v in (moments.low, moments.high))
         if low is not None and high is not None:
             low, high = torch.minimum(low, high), torch.maximum(low, high)
-        return Moments(moments.tokens, square, magnitude, absmax, gram, low, high)
+        return Moments(moments.tokens, square, magnitude, absmax, gram, low, high, cross)
 
     def _over(self, width: int) -> Tensor:
         return self.scale.repeat(_chunks(width, self.scale.shape[0]))
@@ -90,10 +92,10 @@ class Permutation(LinearMap):
     def moments(self, moments: Moments) -> Moments:
         """Exact."""
         index = self._over(moments.square.shape[0])
-        gram = None if moments.gram is None else moments.gram[index][:, index]
+        gram, cross = (None if m is None else m[index][:, index] for m in (moments.gram, moments.cross))
         known = (moments.magnitude, moments.absmax, moments.low, moments.high)
         magnitude, absmax, low, high = (None if v is None else v[index] for v in known)
-        return Moments(moments.tokens, moments.square[index], magnitude, absmax, gram, low, high)
+        return Moments(moments.tokens, moments.square[index], magnitude, absmax, gram, low, high, cross)
 
     def _over(self, width: int) -> Tensor:
         one = len(self.index)
@@ -138,7 +140,12 @@ class _Rotation(LinearMap):
             deviation * (tokens * math.sqrt(2 / math.pi)),
             deviation * math.sqrt(2 * math.log(tokens) + 1),
         )
-        return known if moments.gram is None else replace(known, gram=turned)
+        if moments.gram is None:
+            return known
+        cross = moments.cross
+        if cross is not None:
+            cross = self.turn(self.turn(cross.double()).T).T.float()
+        return replace(known, gram=turned, cross=cross)
 
 
 @final

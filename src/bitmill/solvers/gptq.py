@@ -10,7 +10,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from bitmill.core.axes import AffineGrid, Grid, LevelGrid, Points, Solver, VectorGrid
+from bitmill.core.axes import AffineGrid, CalibratedSolver, Grid, LevelGrid, Points, VectorGrid
 from bitmill.core.errors import Refused
 from bitmill.core.types import Moments, Note, Params, Problem, Quantized, Solution
 from bitmill.numerics.descent import descend
@@ -18,10 +18,13 @@ from bitmill.numerics.factor import Factor, upper_inverse_factor
 from bitmill.numerics.feedback import round_block
 from bitmill.numerics.points import round_points
 
+PROBE = 3  # rows of a trial weight
+ORDERS = ("act", "group", "natural")
+
 
 @final
 @dataclass(frozen=True)
-class Gptq(Solver):
+class Gptq(CalibratedSolver):
     """Error feedback on any grid: one loop for scalars, sub-blocks and vectors.
 
     Parameters are fitted before the loop, from the weight as it is, so that the order of columns is free and
@@ -32,13 +35,26 @@ class Gptq(Solver):
 
     Attributes:
         damp: fraction of the mean of ``diag(H)`` added to it.
-        act_order: whether columns go by falling ``diag(H)``, most important first.
+        order: how columns go. ``act``: by falling ``diag(H)``, most important first. ``group``: groups by
+            their largest ``diag(H)``, and inside each its columns likewise, so that a group stays together
+            ("group-aware"). ``natural``: as they are.
+        refit: whether a group's parameters are fitted when its first column comes up, from the weight as the
+            columns before have left it. Groups must stay together, hence not with ``act``: its groups would
+            be scattered over the columns, and the file would need an index of them (``g_idx``).
+        asymmetric: share of the difference between this input and the original model's that the weight makes
+            up for, 0 to 1 (Li et al., "GPTAQ", arXiv 2504.02692, whose code takes 0.25). The original model
+            runs along for it: twice the activations, and half as much time again.
+        sequential: whether a block's later weights see the errors of its earlier ones ("true sequential"),
+            where memory allows; if not, every weight sees the inputs of the block as it was.
         block: columns between two updates of all that follow.
         sweeps: coordinate descents over codes and scales that follow (:mod:`bitmill.numerics.descent`).
     """
 
     damp: float = 0.01
-    act_order: bool = True
+    order: str = "act"
+    refit: bool = False
+    asymmetric: float = 0.0
+    sequential: bool = True
     block: int = 128
     sweeps: int = 0
 
@@ -47,13 +63,21 @@ class Gptq(Solver):
     def __post_init__(self) -> None:
         if not 0 < self.damp <= 1:
             raise ValueError(f"damp is a fraction above 0 and up to 1, not {self.damp}")
+        if self.order not in ORDERS:
+            raise ValueError(f"order is {', '.join(ORDERS[:-1])} or {ORDERS[-1]}, not {self.order!r}")
+        if self.refit and self.order == "act":
+            raise ValueError("refit needs groups that stay together, not order=act: say order=group")
+        if not 0 <= self.asymmetric <= 1:
+            raise ValueError(f"asymmetric is a share from 0 to 1, not {self.asymmetric}")
         if self.block < 1:
             raise ValueError(f"block is a number of columns, not {self.block}")
         if self.sweeps < 0:
             raise ValueError(f"sweeps is a number of times, not {self.sweeps}")
 
     def refuses(self, grid: Grid) -> str | None:
-        """Every grid will do."""
+        """Every grid will do; ``refit`` wants parameters that belong to single groups."""
+        if self.refit and not _apart(grid):
+            return f"{grid} has parameters that groups share: refit=false"
         return None
 
     def prefers(self, text: str) -> str:
@@ -65,42 +89,124 @@ class Gptq(Solver):
         """A sweep is a pass over all columns, and one inside each block of them."""
         return 1 + 2 * self.sweeps
 
+    @property
+    def cross(self) -> bool:
+        """For ``asymmetric``."""
+        return self.asymmetric > 0
+
     def solve(self, problems: Sequence[Problem], grids: Sequence[Grid]) -> list[Solution]:
-        """One factorization for each width of vector serves all problems; they share their input.
+        """One factorization for each order of columns serves all problems; they share their input.
 
         Raises:
-            Refused: no Gram matrix. Unsolvable: one that cannot be factored.
+            Refused: no Gram matrix, or no cross moments. Unsolvable: one that cannot be factored.
+            ValueError: a grid that :meth:`refuses` names.
         """
-        bases: dict[int, _Basis] = {}
+        bases: dict[tuple[int, int], _Basis] = {}
         solutions = []
         for problem, grid in zip(problems, grids, strict=True):
-            width = grid.span[1]
-            if width not in bases:
-                bases[width] = _basis(_gram(problem), width, self.damp, self.act_order, problem.name)
-            basis = bases[width]
-            quantized = self._place(problem.weight.to(torch.float32), grid, basis)
+            if self.refuses(grid) is not None:
+                raise ValueError(self.refuses(grid))
+            moments = self._moments(problem)
+            group = _group(grid, problem.weight.shape[1]) if self.order == "group" else 0
+            key = (grid.span[1], group)
+            if key not in bases:
+                order = _order(moments.square, self.order, *key)
+                bases[key] = _basis(moments, order, self.damp, problem.name)
+            basis = bases[key]
+            wanted = problem.weight.to(torch.float32)
+            if self.cross:
+                wanted = wanted + self.asymmetric * (wanted @ basis.drift(moments))
+            quantized = self._place(wanted, grid, basis)
             solutions.append(Solution(quantized, _notes(problem.name, basis.factor, self.damp)))
         return solutions
+
+    def _moments(self, problem: Problem) -> Moments:
+        moments = problem.moments
+        if moments is None or moments.gram is None:
+            raise Refused(
+                "gptq needs the Gram matrix of the layer's input",
+                where=problem.name,
+                fix="calibrate, or use a solver that needs no calibration (nearest, hqq)",
+            )
+        if self.cross and moments.cross is None:
+            raise Refused(
+                "gptq(asymmetric) needs to know the layer's input in the original model, too",
+                where=problem.name,
+                fix="calibrate with this recipe, or drop asymmetric",
+            )
+        return moments
 
     def _place(self, w: Tensor, grid: Grid, basis: _Basis) -> Quantized:
         """The loop. ``ahead`` holds the columns in the order they are placed, compensated so far."""
         upper, order = basis.factor.upper, basis.order
         params = grid.fit(w, basis.importance)
         ahead = w.index_select(1, order)
-        width = grid.span[1]
+        width, columns = grid.span[1], w.shape[1]
         block = -(-self.block // width) * width
-        for first in range(0, w.shape[1], block):
-            last = min(first + block, w.shape[1])
-            now, columns = ahead[:, first:last].contiguous(), order[first:last]
+        group = _group(grid, columns) if self.refit else columns
+        first = 0
+        while first < columns:
+            if self.refit and first % group == 0:
+                params = _refitted(params, grid, ahead[:, first : first + group], basis, first)
+            last = min(first + block, (first // group + 1) * group, columns)
+            now, places = ahead[:, first:last].contiguous(), order[first:last]
             pivots = upper[first:last, first:last]
-            errors = _round(now, pivots, grid, params, columns, w.shape[1])
+            errors = _round(now, pivots, grid, params, places, columns)
             ahead[:, first:last] = now
             ahead[:, last:].addmm_(errors, upper[first:last, last:], alpha=-1)
+            first = last
         values = ahead.index_select(1, order.argsort())
         del ahead  # as large as the weight
         if self.sweeps:
             values, params = descend(w, values, params, grid, basis.damped_gram(), self.sweeps)
-        return Quantized(grid, grid.encode(values, params), params, (w.shape[0], w.shape[1]))
+        return Quantized(grid, grid.encode(values, params), params, (w.shape[0], columns))
+
+
+def _order(power: Tensor, rule: str, width: int, group: int) -> Tensor:
+    """Columns in the order they are placed; spans of ``width`` stay together, and groups if there are any."""
+    natural = torch.arange(len(power), device=power.device)
+    if rule == "natural":
+        return natural
+    inside = power.reshape(-1, width).sum(1).argsort(descending=True, stable=True)
+    order = natural.reshape(-1, width)[inside].reshape(-1)
+    if rule == "act":
+        return order
+    highest = power.reshape(-1, width).sum(1).reshape(-1, group // width).amax(1)
+    rank = highest.argsort(descending=True, stable=True).argsort()
+    return order[rank[order // group].argsort(stable=True)]
+
+
+def _group(grid: Grid, columns: int) -> int:
+    """Columns that share parameters; all of them where that is not a whole number of times."""
+    group = grid.block[1] or columns
+    return columns if columns % group else group
+
+
+def _apart(grid: Grid) -> bool:
+    """Whether each parameter belongs to one group of columns: those of two groups are those of each."""
+    group = grid.block[1]
+    if not group:
+        return True
+    probe = torch.linspace(-1, 1, 2 * group * PROBE).reshape(PROBE, 2 * group)
+    whole, half = grid.fit(probe), grid.fit(probe[:, :group].contiguous())
+    return all(
+        v.dim() == 2 and half[k].dim() == 2 and v.shape == (PROBE, 2 * half[k].shape[1])
+        for k, v in whole.items()
+    )
+
+
+def _refitted(params: Params, grid: Grid, ahead: Tensor, basis: _Basis, first: int) -> Params:
+    """Parameters with those of the group that comes next, fitted to the columns as they are now."""
+    width = ahead.shape[1]
+    places, back = basis.order[first : first + width].sort()
+    at = int(places[0]) // width
+    fresh = grid.fit(ahead.index_select(1, back), basis.importance[places])
+    joined = {}
+    for name, values in params.items():
+        joined[name] = values.clone()
+        each = fresh[name].shape[1]
+        joined[name][:, at * each : (at + 1) * each] = fresh[name]
+    return joined
 
 
 def _round(x: Tensor, upper: Tensor, grid: Grid, params: Params, columns: Tensor, whole: int) -> Tensor:
@@ -163,31 +269,30 @@ class _Basis:
         damped.diagonal().add_(self.factor.damping * self.gram.diagonal().sum() / live)
         return damped
 
+    def drift(self, moments: Moments) -> Tensor:
+        """``D``, ``in in``, of which ``W + W D`` makes up for inputs that are ``x`` and were ``x̃``.
 
-def _basis(moments: Moments, width: int, damp: float, act_order: bool, where: str) -> _Basis:
+        With the cross moment ``C = Σ (x̃ - x) xᵀ``, what column ``q`` misses is left to the columns ``F``
+        placed after it: row ``q`` of ``D`` is ``C_qF H_FF⁻¹``. That depends on no code, so the paper's term
+        inside the loop is one product before it.
+        """
+        assert moments.cross is not None
+        cross = moments.cross.index_select(0, self.order).index_select(1, self.order) / self.factor.mean
+        upper = self.factor.upper
+        drift = (cross @ upper.T).triu(1) @ upper
+        back = self.order.argsort()
+        return drift.index_select(0, back).index_select(1, back)
+
+
+def _basis(moments: Moments, order: Tensor, damp: float, where: str) -> _Basis:
     gram = moments.gram
     assert gram is not None
-    order = torch.arange(len(gram), device=gram.device)
-    if act_order:
-        weight = gram.diagonal().reshape(-1, width).sum(1)
-        order = order.reshape(-1, width)[weight.argsort(descending=True, stable=True)].reshape(-1)
     factor = upper_inverse_factor(gram, damp, where, order)
     known = moments.importance
     quiet = factor.damping * known.sum() / (~factor.dead).sum()  # a dead channel counts as much as damping
     dead = torch.empty_like(factor.dead)
     dead[order] = factor.dead
     return _Basis(order, factor, torch.where(dead, quiet, known), gram)
-
-
-def _gram(problem: Problem) -> Moments:
-    moments = problem.moments
-    if moments is None or moments.gram is None:
-        raise Refused(
-            "gptq needs the Gram matrix of the layer's input",
-            where=problem.name,
-            fix="calibrate, or use a solver that needs no calibration (nearest, hqq)",
-        )
-    return moments
 
 
 def _notes(name: str, factor: Factor, damp: float) -> tuple[Note, ...]:
