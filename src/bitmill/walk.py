@@ -301,7 +301,7 @@ class Walk:
         return [group for group in groups if group]
 
     def _sum(self, group: Sequence[Row], hidden: Tensor) -> MomentSum:
-        return MomentSum(group[0].shape[1], self.plan.needs == "gram", hidden.device, self._cross)
+        return MomentSum(group[0].shape[1], self.plan.needs == "gram", hidden.device, cross=self._cross)
 
     def _kept(self, group: Sequence[Row], moments: Moments) -> Moments:
         if self.keep_moments:

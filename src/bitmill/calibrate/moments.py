@@ -90,7 +90,9 @@ class MomentSum:
         else:
             _mirror(gram)
             square = gram.diagonal().clone()
-        return Moments(self.tokens, square, self._magnitude, self._absmax, gram, self._low, self._high, self._cross)
+        return Moments(
+            self.tokens, square, self._magnitude, self._absmax, gram, self._low, self._high, self._cross
+        )
 
 
 def _add_upper(gram: Tensor, x: Tensor, start: int, stop: int) -> None:
