@@ -72,6 +72,8 @@ KNOWN: Mapping[str, str] = {
     "fp8-deepseek": "nearest : fp8-e4m3-b128 > fp8",
     "fp8-e5m2": "nearest : fp8-e5m2-tensor > fp8",
     "mxfp8-hf": "nearest : mxfp8 > fp8",
+    "torchao-int8": "nearest : int8-channel-sym > torchao",
+    "torchao-fp8": "nearest : fp8-e4m3-channel > torchao",
     "mxfp8": "nearest : mxfp8, dtype=bf16 > compressed-tensors",
     "mxfp4": "gptq : mxfp4, dtype=bf16 > compressed-tensors",
     "nvfp4": "gptq : nvfp4, dtype=bf16 > compressed-tensors",
