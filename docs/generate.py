@@ -17,6 +17,7 @@ from typing import Any, get_args, get_type_hints
 
 import bitmill
 from bitmill.cli.budget import budget
+from bitmill.cli.convert import convert
 from bitmill.cli.doctor import doctor
 from bitmill.cli.imatrix import imatrix
 from bitmill.cli.inspect import inspect as inspect_file
@@ -50,7 +51,7 @@ grid = "Q4_K_M"
 'ffn_(gate|up)' = "q5_k"
 ```"""
 VERBS: tuple[Callable[..., None], ...] = (
-    quantize, measure, plan, budget, inspect_file, imatrix, recipes, doctor,
+    quantize, measure, convert, plan, budget, inspect_file, imatrix, recipes, doctor,
 )  # fmt: skip
 AXES = {
     "transforms": "A change of basis that makes weights easier to store. It is folded into the model, so "

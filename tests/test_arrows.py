@@ -35,12 +35,15 @@ ARROWS: dict[str, set[str]] = {
     "journal": _BASE,
     "planning": _PLANNED,
     "budgeting": _PLANNED | {"planning"},
+    "relabel": _NUMERIC | {"grids"},
     "account": _BASE,
     "walk": _MILLED,
     "mill": _MILLED | {"walk"},
+    "conversion": _PLANNED | {"planning", "relabel"},
+    "transfer": _MILLED | {"mill", "walk", "conversion", "relabel"},
     "run": _FACTS | {"source"},
     "measurement": _MILLED | {"mill", "run"},
-    "cli": _MILLED | {"mill", "run", "measurement", "budgeting"},
+    "cli": _MILLED | {"mill", "transfer", "conversion", "run", "measurement", "budgeting"},
     "__main__": {"cli"},
     "": set(),  # bitmill/__init__.py names modules as text, and imports none
 }

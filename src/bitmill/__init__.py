@@ -12,6 +12,7 @@ from typing import Any
 
 _PUBLIC = {
     "quantize": "bitmill.mill",
+    "convert": "bitmill.transfer",
     "Report": "bitmill.account",
     "plan": "bitmill.planning",
     "Plan": "bitmill.planning",
@@ -26,6 +27,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "Report",
+    "convert",
     "load",
     "measure",
     "open_source",

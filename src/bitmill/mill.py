@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -79,7 +79,7 @@ def quantize(
     calibrated = calib is not None or moments is not None or bool(matrices)
     nsamples, seqlen = (0, 0) if matrices else (nsamples, seqlen)
     made = plan(wanted, source, out, nsamples=nsamples, seqlen=seqlen, strict=strict, calibrated=calibrated)
-    _refuse_existing(out, made, force)
+    refuse_existing(out, made, force)
     tell = progress or (lambda *_: None)
     if matrices and (calib is not None or moments is not None):
         raise Refused("--imatrix stands instead of --calib and --moments", fix="give one of them")
@@ -94,18 +94,15 @@ def quantize(
     sha256 = tokens_sha256(tokens) if tokens.numel() else calibration.facts.get("sha256", "")
     identity = {**made.identity(), "calibration": sha256, "device": device}
     space = Workspace(out, made.files, not made.files[0].path, boundary)
-    finished = _already_there(out, space, identity, force)
-    if finished is not None:
-        return finished
     walk = Walk(made, source, space, tell, calibration, known, device, save is not None)
-    try:
-        done = space.open(identity, resume)
-    except BitmillError:
-        space.close()  # another run's folder, or another recipe's: not ours to clear
-        raise
-    report = _walked(walk, identity, done, started, Path(save) if save is not None else None, force)
-    tell("seal", 1, 1, str(out))
-    return report
+    keep = Path(save) if save is not None else None
+
+    def kept() -> None:
+        if keep is not None:
+            facts = {**{k: str(v) for k, v in calibration.facts.items()}, "model": source.digest}
+            save_moments(keep, walk.kept_moments, facts)
+
+    return carry_out(walk, identity, started, force=force, resume=resume, before_sealing=kept)
 
 
 def importance(
@@ -139,23 +136,54 @@ def _saved(path: Path, source: Checkpoint, made: Plan) -> tuple[dict[str, Moment
     return known, Calibration(Calibration.none().tokens, facts)
 
 
-def _walked(
-    walk: Walk,
+class Job(Protocol):
+    """What fills a workspace: the walk that quantizes, or one that takes over what is stored."""
+
+    @property
+    def space(self) -> Workspace:
+        """What it fills."""
+
+    @property
+    def tell(self) -> Progress:
+        """Who hears of its progress."""
+
+    def run(self, identity: Mapping[str, Any], done: Sequence[Mapping[str, Any]], started: float) -> Report:
+        """Every unit that is not done yet; the report of all of them."""
+
+    def verify_sample(self) -> None:
+        """Open what was written as any reader would, and compare."""
+
+
+def carry_out(
+    job: Job,
     identity: Mapping[str, Any],
-    done: Sequence[Mapping[str, Any]],
     started: float,
-    save: Path | None,
+    *,
     force: bool,
+    resume: bool,
+    before_sealing: Callable[[], None] = lambda: None,
 ) -> Report:
-    """Walk, verify, seal. A clean stop keeps what is done; a failure leaves nothing behind."""
-    space = walk.space
+    """Run, verify, seal; or take over, or go on. A clean stop keeps what is done; a failure leaves nothing
+    behind.
+
+    Raises:
+        Refused: the output exists and this very command did not make it.
+        Interrupted: a clean stop; the same command goes on.
+    """
+    space = job.space
+    finished = _already_there(space.out, space, identity, force)
+    if finished is not None:
+        return finished
     try:
-        report = walk.run(identity, done, started)
-        if save is not None:
-            facts = {**{k: str(v) for k, v in walk.calibration.facts.items()}, "model": walk.source.digest}
-            save_moments(save, walk.kept_moments, facts)
-        walk.tell("seal", 0, 1, "verifying")
-        walk.verify_sample()
+        done = space.open(identity, resume)
+    except BitmillError:
+        space.close()  # another run's folder, or another recipe's: not ours to clear
+        raise
+    try:
+        report = job.run(identity, done, started)
+        before_sealing()
+        job.tell("seal", 0, 1, "verifying")
+        job.verify_sample()
         space.seal((json.dumps(report.to_json(), indent=1) + "\n").encode(), force)
     except KeyboardInterrupt as stop:
         raise Interrupted("stopped", where=str(space.folder), fix=RESUME) from stop
@@ -166,11 +194,16 @@ def _walked(
         raise
     finally:
         space.close()
+    job.tell("seal", 1, 1, str(space.out))
     return report
 
 
-def _refuse_existing(out: Path, made: Plan, force: bool) -> None:
-    """Before any work: an output that this recipe did not make stays untouched."""
+def refuse_existing(out: Path, made: Plan, force: bool) -> None:
+    """Before any work: an output that this recipe did not make stays untouched.
+
+    Raises:
+        Refused: it exists.
+    """
     if not out.exists() or force:
         return
     recorded = report_path(out)

@@ -238,7 +238,7 @@ def plan(
     if out is not None and files[0].path and out.suffix == ".gguf":
         raise Refused("this output is a folder", where=str(out), fix=f"-o {out.with_suffix('')}")
     if out is not None:
-        _refuse_folder(out, total_bytes(files))
+        refuse_folder(out, total_bytes(files))
     calibration = (nsamples, seqlen) if needs != "nothing" else (0, 0)
     peak, seconds = cost(rows, checkpoint.config, solver, needs, *calibration)
     return Plan(
@@ -444,7 +444,8 @@ def _refuse_experts(rows: Sequence[Row]) -> None:
         )
 
 
-def _refuse_folder(out: Path, bytes_: int) -> None:
+def refuse_folder(out: Path, bytes_: int) -> None:
+    """Refuse an output that its folder does not let in, or has no room for."""
     folder = out.parent
     while not folder.exists():
         folder = folder.parent

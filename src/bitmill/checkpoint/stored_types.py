@@ -21,7 +21,7 @@ def quantized_types(checkpoint: Checkpoint) -> dict[str, float]:
     weights: Counter[str] = Counter()
     for name, facts in checkpoint.tensors.items():
         if len(facts.shape) > 1:
-            weights[_type(checkpoint, name)] += prod(facts.shape)
+            weights[type_of(checkpoint, name)] += prod(facts.shape)
     total = sum(weights.values())
     return {kind: count / total for kind, count in weights.most_common() if kind not in _DENSE}
 
@@ -36,7 +36,8 @@ def requantized(checkpoint: Checkpoint) -> str | None:
     return f"the source is quantized already ({listed}) and both losses add up: prefer the original model"
 
 
-def _type(checkpoint: Checkpoint, name: str) -> str:
+def type_of(checkpoint: Checkpoint, name: str) -> str:
+    """The type that stores a tensor, or the method of a folder of packed weights; else its dtype."""
     if isinstance(checkpoint, GgufCheckpoint):
         return checkpoint.type_of(name)
     if isinstance(checkpoint, PackedFolder) and checkpoint.is_packed(name):

@@ -13,6 +13,7 @@ import typer
 
 from bitmill.cli import exits, say
 from bitmill.cli.budget import budget
+from bitmill.cli.convert import convert
 from bitmill.cli.doctor import doctor
 from bitmill.cli.imatrix import imatrix
 from bitmill.cli.inspect import inspect as inspect_file
@@ -27,6 +28,7 @@ what it cost.
 
     bitmill quantize MODEL RECIPE -o OUT      make it, then say what it cost
     bitmill measure FILE --against MODEL      say what any quantized file cost
+    bitmill convert FILE OUT                  the same values in another container
 
 MODEL is a Hugging Face folder, a .gguf file, a hub id (org/name) or smollm2, the small model that comes as a
 package. RECIPE is a name people already use (Q4_K_M, W4A16, nf4 …) or one line:
@@ -70,6 +72,7 @@ def _add(verb: Callable[..., None], *, alone: bool = False) -> None:
 
 _add(quantize)
 _add(measure)
+_add(convert)
 _add(plan)
 _add(inspect_file)
 _add(budget)

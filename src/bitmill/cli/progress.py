@@ -28,6 +28,8 @@ TITLES = {
     "activations": "summing activations",
     "gradients": "summing gradients",
     "damage": "damage by type",
+    "convert": "converting",
+    "verify": "reading back",
     "resume": "resuming",
     "seal": "writing",
     "sample": "sampling",
