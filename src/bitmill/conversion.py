@@ -257,8 +257,8 @@ def _class(found: _Found) -> tuple[str, str, int]:
 def _closest_grids(
     source: Checkpoint, container: Container, dtype: str, found: Sequence[_Found], lost: Sequence[_Found]
 ) -> dict[tuple[str, str, int], Grid]:
-    """By class of tensors: the grid with the least error on some rows of the first, at about the bits that are
-    stored; dense for what was not a quantized weight of a block."""
+    """By class of tensors: the grid with the least error on some rows of the first, at about the bits that
+    are stored; dense for what was not a quantized weight of a block."""
     chosen: dict[tuple[str, str, int], Grid] = {}
     kept = [replace(f.row, grid=Dense(container.default_grid(dtype, f.row.role))) for f in found]
     for one in lost:

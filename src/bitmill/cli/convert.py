@@ -21,52 +21,54 @@ if TYPE_CHECKING:
 SHOWN = 5  # tensors with the largest error, by name
 
 
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="What is quantized already: a folder (GPTQ, AWQ, compressed-tensors …), a .gguf file or a hub id.",
+        show_default=False,
+    ),
+]
+Goal = Annotated[
+    str,
+    typer.Argument(
+        metavar="TARGET",
+        help="Where it goes (OUT.gguf, or a folder with --to); with -o: a container's name, or a recipe.",
+        show_default=False,
+    ),
+]
+To = Annotated[
+    str | None,
+    typer.Option(
+        "--to",
+        help="The container (gptq, compressed-tensors, gguf …), or a recipe that names grids as well.",
+        show_default=False,
+    ),
+]
+Requantize = Annotated[
+    bool, typer.Option("--requantize", help="Put what the container cannot hold exactly on its closest grid.")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype", metavar="f32|f16|bf16",
+        help="Precision of what is not quantized. [default: the source's]", show_default=False,
+    ),
+]  # fmt: skip
+Rows = Annotated[bool, typer.Option("--rows", help="A line for every tensor, not for every kind.")]
+
+
 def convert(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="What is quantized already: a folder (GPTQ, AWQ, compressed-tensors …), a .gguf file or a "
-            "hub id.",
-            show_default=False,
-        ),
-    ],
-    goal: Annotated[
-        str,
-        typer.Argument(
-            metavar="TARGET",
-            help="Where it goes (OUT.gguf, or a folder with --to); with -o: a container's name, or a recipe.",
-            show_default=False,
-        ),
-    ],
+    model: Source,
+    goal: Goal,
     out: Out = None,
-    to: Annotated[
-        str | None,
-        typer.Option(
-            "--to",
-            help="The container (gptq, compressed-tensors, gguf …), or a recipe that names grids as well.",
-            show_default=False,
-        ),
-    ] = None,
-    requantize: Annotated[
-        bool,
-        typer.Option("--requantize", help="Put what the container cannot hold exactly on its closest grid."),
-    ] = False,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            "--dtype",
-            metavar="f32|f16|bf16",
-            help="Precision of what is not quantized. [default: the source's]",
-            show_default=False,
-        ),
-    ] = None,
+    to: To = None,
+    requantize: Requantize = False,
+    dtype: Dtype = None,
     force: Force = False,
     resume: Resume = True,
     revision: Revision = None,
-    rows: Annotated[
-        bool, typer.Option("--rows", help="A line for every tensor, not for every kind.")
-    ] = False,
+    rows: Rows = False,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
