@@ -25,7 +25,7 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="What is quantized already: a folder (GPTQ, AWQ, compressed-tensors …), a .gguf file or a hub id.",
+        help="What is quantized already: a folder (GPTQ, AWQ, compressed-tensors …), a .gguf file, a hub id.",
         show_default=False,
     ),
 ]
