@@ -107,6 +107,18 @@ def test_one_grid_for_all(source: SafetensorsFolder, tmp_path: Path) -> None:
     assert "compressed-tensors" in str(caught.value.fix)
 
 
+def test_experts_go_together(tmp_path: Path) -> None:
+    """transformers has one module for all experts of a block; joined gate and up need a scale each."""
+    source = SafetensorsFolder(make_model(tmp_path / "model", "qwen3moe", num_hidden_layers=1))
+    whole = written(source, "fp8-e4m3-tensor", tmp_path / "whole")
+    assert settings_of(whole.path)["dequantize"] is True
+    kept = dict.fromkeys(("gate", "up", "down"), "f32")
+    found = settings_of(written(source, "fp8-e4m3-tensor", tmp_path / "kept", **kept).path)
+    assert "model.layers.0.mlp.experts" in found["modules_to_not_convert"] and "dequantize" not in found
+    with pytest.raises(Refused, match="all together"):
+        written(source, "fp8-e4m3-tensor", tmp_path, down="f32")
+
+
 def test_tiles_at_the_edges(source: SafetensorsFolder, tmp_path: Path) -> None:
     """DeepSeek's tiles start at the corner and are cut at the edges; 576 rows have five scales."""
     out = written(source, "fp8-e4m3-b128", tmp_path)

@@ -101,7 +101,22 @@ def test_layers_that_multiply_in_fp8(tmp_path: Path, grid: str, monkeypatch: pyt
         )
 
 
-def test_why_tiles_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("grid", NATIVE)
+@pytest.mark.parametrize("kept", [False, True])
+def test_experts_that_multiply_in_fp8(
+    tmp_path: Path, grid: str, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None)
+    model = make_model(tmp_path / "m", "qwen3moe", dtype="bfloat16", moe_intermediate_size=128, **SIZES)
+    source = SafetensorsFolder(model)
+    other = {role: parse_grid("bf16") for role in ("gate", "up", "down") if kept}
+    output = write(Fp8(), source, rows_of(Fp8(), source, "bf16", parse_grid(grid), other), tmp_path)
+    experts = loaded(output.path).get_submodule("model.layers.0.mlp.experts")
+    wanted = torch.bfloat16 if kept or grid == "fp8-e4m3-tensor" else torch.float8_e4m3fn
+    assert experts.get_parameter("down_proj").dtype is wanted
+
+
+def test_why_tiles_are_whole(tmp_path: Path) -> None:
     """The refusal rests on this: 192 rows in two tiles are decoded as 96 and 96, not as 128 and 64."""
     sizes = {**SIZES, "intermediate_size": 192, "num_hidden_layers": 1}
     source = SafetensorsFolder(make_model(tmp_path / "model", "llama", **sizes))

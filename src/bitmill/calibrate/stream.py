@@ -391,8 +391,8 @@ def _empty_model(config: Mapping[str, Any], device: torch.device) -> PreTrainedM
             where="config.json: model_type",
             fix="upgrade transformers, or check the spelling; custom code inside a model folder is never run",
         ) from error
-    # Fused attention cannot cap its scores, and transformers refuses it for models that do.
-    parsed._attn_implementation = "eager" if facts.get("attn_logit_softcapping") else "sdpa"
+    # Fused attention cannot cap its scores; else transformers takes it where the model can be run with it.
+    parsed._attn_implementation = "eager" if facts.get("attn_logit_softcapping") else None
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(parsed, dtype=torch.float32)

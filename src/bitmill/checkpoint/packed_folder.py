@@ -27,14 +27,16 @@ class Packed:
     Attributes:
         shape: of the dense weight.
         parts: names of the stored tensors it is made of.
-        dense: its values, float32.
+        dense: its values, in ``dtype``.
         stored: codes and parameters, or None when no grid describes how they are laid out.
+        dtype: the narrowest type that all its values are exact in.
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     parts: tuple[str, ...]
     dense: Callable[[], Tensor]
     stored: Callable[[], Quantized | None]
+    dtype: str = "f32"
 
 
 @final
@@ -76,7 +78,7 @@ class PackedFolder(InputCheckpoint):
             if record.name in aside:
                 continue
             if owner is not None:
-                facts.setdefault(owner, TensorFacts(owner, packed[owner].shape, "f32"))
+                facts.setdefault(owner, TensorFacts(owner, packed[owner].shape, packed[owner].dtype))
             elif record.dtype in DENSE:
                 facts[record.name] = TensorFacts(record.name, record.shape, DENSE[record.dtype])
             elif record.dtype.startswith(("F8", "U8", "I32")):

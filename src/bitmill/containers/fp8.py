@@ -7,7 +7,7 @@ folder as it loads it; with one it multiplies in FP8. Activations are scaled as 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, final
@@ -28,7 +28,7 @@ from bitmill.containers._fp8_read import open_folder
 from bitmill.core.axes import Checkpoint, Container, Grid
 from bitmill.core.errors import Refused
 from bitmill.core.types import FileImage, Quantized, Row
-from bitmill.families.base import LINEAR_ROLES
+from bitmill.families.base import LINEAR_ROLES, is_expert
 from bitmill.grids.dense import Dense
 from bitmill.grids.minifloat import Minifloat
 
@@ -134,7 +134,11 @@ def _planned(row: Row) -> dict[str, Planned]:
 
 def _settings(rows: Sequence[Row]) -> dict[str, Any]:
     """The ``quantization_config``, or nothing when no row is quantized. Multiplication in FP8 knows E4M3 in
-    tiles, whole tensors and MX blocks; what it does not know is marked to be decoded on loading."""
+    tiles, whole tensors and MX blocks; what it does not know is marked to be decoded on loading.
+
+    Raises:
+        Refused: several grids, or experts of one block some of which stay dense.
+    """
     placed = [row for row in rows if not isinstance(row.grid, Dense)]
     if not placed:
         return {}
@@ -150,7 +154,10 @@ def _settings(rows: Sequence[Row]) -> dict[str, Any]:
             )
     chosen = {row.name for row in placed}
     kept = [r.name.removesuffix(_WEIGHT) for r in rows if _is_layer(r) and r.name not in chosen]
+    kept += _dense_experts(rows, chosen)
     micro = grid.scaling == "mx"
+    # one factor a weight is too few for gate and up, which transformers joins in each expert
+    decoded = grid.element != "e4m3" or (grid.scaling == "tensor" and any(map(is_expert, chosen)))
     return {
         "quant_method": "mxfp8" if micro else "fp8",
         "fmt": grid.element,
@@ -158,8 +165,29 @@ def _settings(rows: Sequence[Row]) -> dict[str, Any]:
         "weight_block_size": {"b128": [128, 128], "mx": [1, 32]}.get(grid.scaling),
         "scale_fmt": "ue8m0" if micro else "float",
         "modules_to_not_convert": list(dict.fromkeys([*kept, "lm_head"])),
-        **({} if grid.element == "e4m3" else {"dequantize": True}),
+        **({"dequantize": True} if decoded else {}),
     }
+
+
+def _dense_experts(rows: Sequence[Row], chosen: Collection[str]) -> list[str]:
+    """Modules of experts that stay dense: transformers has one for all experts of a block.
+
+    Raises:
+        Refused: some weights of a block's experts are placed, and some are not.
+    """
+    found: dict[str, set[bool]] = {}
+    for row in rows:
+        module, inside, _ = row.name.partition(".experts.")
+        if inside and len(row.shape) > 1:
+            found.setdefault(f"{module}.experts", set()).add(row.name in chosen)
+    for module, placed in found.items():
+        if len(placed) > 1:
+            raise Refused(
+                "the experts of a block are in FP8 all together, or not at all",
+                where=module,
+                fix="keep=gate+up+down, or keep none of them",
+            )
+    return [module for module, placed in found.items() if placed == {False}]
 
 
 def _is_layer(row: Row) -> bool:

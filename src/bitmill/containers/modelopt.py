@@ -1,0 +1,146 @@
+"""Folders of NVIDIA's ModelOpt in FP8, MXFP8 and NVFP4, which TensorRT-LLM, vLLM and SGLang load. Read only.
+
+An NVFP4 value is element · ``weight_scale`` · ``weight_scale_2`` (one over compressed-tensors' global scale);
+an FP8 value is element · ``weight_scale``. Scales of inputs and of the cache are left aside.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, final
+
+import torch
+
+from bitmill.checkpoint.hf_folder import read_config, read_object
+from bitmill.checkpoint.packed_folder import Packed, PackedFolder, from_quantized, quantization_config
+from bitmill.checkpoint.read_only import ReadOnly
+from bitmill.checkpoint.safetensors import Record, TensorFolder
+from bitmill.core.axes import Checkpoint
+from bitmill.core.errors import BadFile, Refused
+from bitmill.core.types import Quantized
+from bitmill.grids.minifloat import Minifloat
+from bitmill.numerics.bits import unpack
+
+METHOD = "modelopt"
+
+_BESIDE = "hf_quant_config.json"
+_READ = (
+    *("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "MXFP8", "NVFP4", "W4A16_NVFP4", "MIXED_PRECISION"),
+    None,
+)
+_ASIDE = re.compile(r"\.(?:input_scale|output_scale|[kqv]_scale)$")
+_WEIGHT = ".weight"
+
+
+@final
+@dataclass(frozen=True)
+class Modelopt(ReadOnly):
+    """A source: layers in FP8 by tensor or channel, in MXFP8 and in NVFP4, mixed as they come."""
+
+    single_file: ClassVar[bool] = False
+
+    @property
+    def why(self) -> str:
+        return (
+            "ModelOpt's folders are read, not written: their readers want calibrated scales of activations, "
+            "and a GPU to check with; write > compressed-tensors, which the same engines load"
+        )
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        """Older exports say so beside config.json only."""
+        if quantization_config(path, METHOD) is not None:
+            return True
+        beside = path / _BESIDE
+        if not path.is_dir() or not beside.is_file() or not (path / "config.json").is_file():
+            return False
+        return "quantization_config" not in read_config(path) and "quantization" in read_object(beside)
+
+    def open(self, path: Path) -> Checkpoint:
+        """The folder as a checkpoint.
+
+        Raises:
+            Refused: a layout that is not read here, or inputs that are scaled before a layer.
+            BadFile: parts do not fit together.
+        """
+        folder, config = TensorFolder(path), read_config(path)
+        settings = config.get("quantization_config")
+        if settings is None:
+            settings = read_object(path / _BESIDE).get("quantization")
+        if not isinstance(settings, dict):
+            raise BadFile("the quantization is not described", where=str(path / _BESIDE))
+        _refuse(settings, folder, path)
+        packed = {}
+        for name, record in folder.records.items():
+            if name.endswith(_WEIGHT) and f"{name}_scale" in folder.records:
+                packed[name] = _weight(folder, record)
+        aside = {name for name in folder.records if _ASIDE.search(name)}
+        return PackedFolder(folder, {**config, "quantization_config": settings}, packed, aside)
+
+
+def _refuse(settings: Mapping[str, Any], folder: TensorFolder, path: Path) -> None:
+    algorithm = settings.get("quant_algo")
+    if algorithm not in _READ:
+        raise Refused(
+            f"ModelOpt's {algorithm!r} cannot be read here",
+            where=str(path),
+            fix="give the original model, or an export in FP8, MXFP8 or NVFP4",
+        )
+    for name in folder.records:
+        if name.endswith(".pre_quant_scale") or ".weight_svd" in name or ".svdquant_lora" in name:
+            raise Refused(
+                f"{name!r} changes what a layer computes while the model runs",
+                where=str(path),
+                fix="give the original model",
+            )
+
+
+def _weight(folder: TensorFolder, weight: Record) -> Packed:
+    """One weight, by how it is stored.
+
+    Raises:
+        BadFile: its parts do not have the types and shapes of any layout.
+    """
+    scale = folder.record(f"{weight.name}_scale")
+    whole = folder.records.get(f"{weight.name}_scale_2")
+    if len(weight.shape) != 2 or 0 in weight.shape:
+        raise BadFile(f"{weight.name!r} has the shape {list(weight.shape)}", where=str(weight.path))
+    out, columns = weight.shape
+    parts = tuple(r.name for r in (weight, scale, whole) if r is not None)
+    nested = ("U8", "F8_E4M3", (out, columns * 2 // 16), "F32", 1)
+    if whole is not None:
+        size = 1 if whole.shape in ((), (1,)) else 0
+        if (weight.dtype, scale.dtype, scale.shape, whole.dtype, size) == nested and columns % 8 == 0:
+            shape = (out, columns * 2)
+            return from_quantized(shape, parts, partial(_nvfp4, folder, weight.name, shape))
+    elif weight.dtype == "F8_E4M3":
+        grid = None
+        if (scale.dtype, scale.shape) == ("U8", (out, columns // 32)) and columns % 32 == 0:
+            grid = Minifloat("e4m3", "mx")
+        elif scale.dtype in ("F32", "F16", "BF16") and scale.shape in ((), (1,)):
+            grid = Minifloat("e4m3", "tensor")
+        elif scale.dtype in ("F32", "F16", "BF16") and scale.shape in ((out,), (out, 1)):
+            grid = Minifloat("e4m3", "channel")
+        if grid is not None:
+            return from_quantized((out, columns), parts, partial(_fp8, folder, weight.name, grid))
+    stored = ", ".join(f"{folder.record(p).dtype} {list(folder.record(p).shape)}" for p in parts)
+    raise BadFile(f"{weight.name!r} is stored as {stored}, which no layout has", where=str(weight.path))
+
+
+def _nvfp4(folder: TensorFolder, name: str, shape: tuple[int, int]) -> Quantized:
+    codes = unpack(folder.read(name), 4, shape[1])
+    scale = folder.read(f"{name}_scale").to(torch.float32)
+    gain = 1 / folder.read(f"{name}_scale_2").reshape(())
+    return Quantized(Minifloat("e2m1", "nv"), codes, {"scale": scale, "gain": gain}, shape)
+
+
+def _fp8(folder: TensorFolder, name: str, grid: Minifloat) -> Quantized:
+    codes, scale = folder.read(name).view(torch.uint8), folder.read(f"{name}_scale")
+    shape = (codes.shape[0], codes.shape[1])
+    if grid.scaling == "mx":
+        return Quantized(grid, codes, {"exponent": scale}, shape)
+    return Quantized(grid, codes, {"scale": scale.to(torch.float32).reshape(-1, 1)}, shape)
