@@ -41,9 +41,10 @@ ARROWS: dict[str, set[str]] = {
     "mill": _MILLED | {"walk"},
     "conversion": _PLANNED | {"planning", "relabel"},
     "transfer": _MILLED | {"mill", "walk", "conversion", "relabel"},
+    "several": _MILLED | {"mill", "walk", "transfer"},
     "run": _FACTS | {"source"},
     "measurement": _MILLED | {"mill", "run"},
-    "cli": _MILLED | {"mill", "transfer", "conversion", "run", "measurement", "budgeting"},
+    "cli": _MILLED | {"mill", "transfer", "several", "conversion", "run", "measurement", "budgeting"},
     "__main__": {"cli"},
     "": set(),  # bitmill/__init__.py names modules as text, and imports none
 }

@@ -12,6 +12,7 @@ from typing import Any
 
 _PUBLIC = {
     "quantize": "bitmill.mill",
+    "quantize_many": "bitmill.several",
     "convert": "bitmill.transfer",
     "Report": "bitmill.account",
     "plan": "bitmill.planning",
@@ -34,6 +35,7 @@ __all__ = [
     "parse",
     "plan",
     "quantize",
+    "quantize_many",
 ]
 
 

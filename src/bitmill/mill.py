@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -72,27 +73,13 @@ def quantize(
         Unsolvable: the numbers gave out; the block and the way out are named.
     """
     started = time.monotonic()
-    out = Path(out)
+    out, tell = Path(out), progress or (lambda *_: None)
     source = open_source(model, revision=revision) if isinstance(model, str) else model
     wanted = parse(recipe) if isinstance(recipe, str) else recipe
-    matrices = [Path(p) for p in ([imatrix] if isinstance(imatrix, str | Path) else imatrix)]
-    calibrated = calib is not None or moments is not None or bool(matrices)
-    nsamples, seqlen = (0, 0) if matrices else (nsamples, seqlen)
-    made = plan(wanted, source, out, nsamples=nsamples, seqlen=seqlen, strict=strict, calibrated=calibrated)
+    told = Told.of(calib, nsamples, seqlen, seed, chat, moments, imatrix, imatrix_missing)
+    made = told.plan(wanted, source, out, strict)
     refuse_existing(out, made, force)
-    tell = progress or (lambda *_: None)
-    if matrices and (calib is not None or moments is not None):
-        raise Refused("--imatrix stands instead of --calib and --moments", fix="give one of them")
-    known, calibration = importance(made, source, matrices, imatrix_missing)
-    if moments is not None:
-        known, calibration = _saved(Path(moments), source, made)
-    if made.needs != "nothing" and not known:
-        calibration = calibration_tokens(
-            source, calib, nsamples=nsamples, seqlen=seqlen, seed=seed, chat=chat, progress=tell
-        )
-    tokens = calibration.tokens
-    sha256 = tokens_sha256(tokens) if tokens.numel() else calibration.facts.get("sha256", "")
-    identity = {**made.identity(), "calibration": sha256, "device": device}
+    known, calibration = told.known(made, source, tell)
     space = Workspace(out, made.files, not made.files[0].path, boundary)
     walk = Walk(made, source, space, tell, calibration, known, device, save is not None)
     keep = Path(save) if save is not None else None
@@ -102,7 +89,75 @@ def quantize(
             facts = {**{k: str(v) for k, v in calibration.facts.items()}, "model": source.digest}
             save_moments(keep, walk.kept_moments, facts)
 
+    identity = identity_of(made, calibration, device)
     return carry_out(walk, identity, started, force=force, resume=resume, before_sealing=kept)
+
+
+def identity_of(made: Plan, calibration: Calibration, device: str) -> dict[str, Any]:
+    """The fields a resumed run must agree on, calibration among them."""
+    tokens = calibration.tokens
+    sha256 = tokens_sha256(tokens) if tokens.numel() else calibration.facts.get("sha256", "")
+    return {**made.identity(), "calibration": sha256, "device": device}
+
+
+@dataclass(frozen=True, eq=False)
+class Told:
+    """What a run is told about the inputs of weights, and how it draws windows where it has to look itself.
+
+    Attributes:
+        calib, nsamples, seqlen, seed, chat, moments: as of :func:`quantize`.
+        matrices, missing: its ``imatrix`` and ``imatrix_missing``.
+    """
+
+    calib: Sequence[str] | str | Tensor | None
+    nsamples: int
+    seqlen: int
+    seed: int
+    chat: bool
+    moments: Path | None
+    matrices: tuple[Path, ...]
+    missing: str
+
+    @classmethod
+    def of(
+        cls,
+        calib: Sequence[str] | str | Tensor | None,
+        nsamples: int,
+        seqlen: int,
+        seed: int,
+        chat: bool,
+        moments: str | Path | None,
+        imatrix: str | Path | Sequence[str | Path],
+        missing: str,
+    ) -> Told:
+        """From the arguments of :func:`quantize`."""
+        matrices = tuple(Path(p) for p in ([imatrix] if isinstance(imatrix, str | Path) else imatrix))
+        nsamples, seqlen = (0, 0) if matrices else (nsamples, seqlen)
+        file = None if moments is None else Path(moments)
+        return cls(calib, nsamples, seqlen, seed, chat, file, matrices, missing)
+
+    def plan(self, wanted: Recipe, source: Checkpoint, out: Path, strict: bool) -> Plan:
+        """The plan of a recipe under this."""
+        calibrated = self.calib is not None or self.moments is not None or bool(self.matrices)
+        windows = {"nsamples": self.nsamples, "seqlen": self.seqlen}
+        made = plan(wanted, source, out, **windows, strict=strict, calibrated=calibrated)
+        if self.matrices and (self.calib is not None or self.moments is not None):
+            raise Refused("--imatrix stands instead of --calib and --moments", fix="give one of them")
+        return made
+
+    def known(
+        self, made: Plan, source: Checkpoint, tell: Progress, drawn: Calibration | None = None
+    ) -> tuple[dict[str, Moments], Calibration]:
+        """Moments that are known already, and the calibration; windows ``drawn`` before serve again."""
+        known, calibration = importance(made, source, self.matrices, self.missing)
+        if self.moments is not None:
+            known, calibration = _saved(self.moments, source, made)
+        if made.needs == "nothing" or known:
+            return known, calibration
+        if drawn is None:
+            windows = {"nsamples": self.nsamples, "seqlen": self.seqlen, "seed": self.seed}
+            drawn = calibration_tokens(source, self.calib, **windows, chat=self.chat, progress=tell)
+        return known, drawn
 
 
 def importance(

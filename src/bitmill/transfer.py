@@ -46,6 +46,7 @@ class Transfer:
         stored: whose quantized weights are taken; the source itself, unless another output of the same
             recipe has them.
         loses: whether weights may be rounded to a grid that does not hold them.
+        given: the account of the run that solved ``stored``, where that is not the source.
     """
 
     plan: Plan
@@ -54,10 +55,8 @@ class Transfer:
     tell: Progress
     stored: Checkpoint
     loses: bool
-    calibration: Mapping[str, Any] = field(default_factory=dict)
-    notes: list[Note] = field(default_factory=list)
+    given: Report | None = None
     tensors: dict[str, dict[str, float]] = field(default_factory=dict)
-    blocks: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.container: Container = self.plan.container
@@ -79,13 +78,14 @@ class Transfer:
             fresh = {name: error for name, error in self.tensors.items() if name not in before}
             self.space.finish_unit(unit, {"tensors": fresh})
         self.tell("convert", len(units), len(units), "")
+        given = self.given
         return Report(
             path=str(self.space.out),
             plan=self.plan.to_json(),
-            calibration=self.calibration,
-            notes=(*self.notes, *self._summary()),
-            tensors=self.tensors,
-            blocks=self.blocks,
+            calibration={} if given is None else given.calibration,
+            notes=self._summary() if given is None else (*given.notes, self._shared(given)),
+            tensors=self.tensors if given is None else given.tensors,
+            blocks={} if given is None else given.blocks,
             seconds=time.monotonic() - started,
             resumed=len(done),
             identity=identity,
@@ -104,6 +104,8 @@ class Transfer:
             if row.name in self.tensors or not self.container.slots(row, self.source):
                 continue
             wanted, found = self._from(row).read(row.name), written.read(row.name)
+            if self.given is not None and isinstance(row.grid, Dense):
+                wanted = row.grid.round(wanted).codes
             if not _alike(wanted, found, row):
                 raise Unsolvable(
                     "what was written does not read back as what is stored in the source",
@@ -155,6 +157,8 @@ class Transfer:
         self._write(row, made)
 
     def _lost(self, row: Row, weight: Tensor, dense: Tensor) -> None:
+        if self.given is not None and isinstance(row.grid, Dense):
+            return  # what is kept is rounded to the recipe's precision, as in any run
         if not self.loses:
             raise Unsolvable(f"{row.grid} does not hold what is stored", where=row.name, fix="--requantize")
         error = float((dense - weight).double().square().sum())
@@ -167,6 +171,10 @@ class Transfer:
     def _write(self, row: Row, quantized: Quantized) -> None:
         for slot, data in self.container.pack(row, quantized, self.source).items():
             self.space.write(slot, data)
+
+    def _shared(self, given: Report) -> Note:
+        text = f"its weights were solved once, for {given.path}: only where their bytes lie differs"
+        return Note("shared", str(self.space.out), text)
 
     def _summary(self) -> tuple[Note, ...]:
         """What was lost, in one sentence; nothing where all is exact."""

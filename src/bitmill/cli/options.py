@@ -31,6 +31,25 @@ Out = Annotated[
         help="Where the result goes: a file for gguf, a folder for the rest.", show_default=False,
     ),
 ]  # fmt: skip
+Recipes = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[RECIPE]...",
+        help="A known name in any case (Q4_K_M, W4A16, nf4), a bare grid (int4-g64), one line "
+        "'transforms + solver : grid, options > container', or a .toml file; one for each -o. "
+        "`bitmill recipes` lists them.",
+        show_default=False,
+    ),
+]
+Outs = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "-o", "--out", "--output", "--output-dir", "--outfile",
+        help="Where the result goes: a file for gguf, a folder for the rest. Repeated, with as many recipes, "
+        "several outputs share calibration.",
+        show_default=False,
+    ),
+]  # fmt: skip
 Calib = Annotated[
     list[str] | None,
     typer.Option(

@@ -28,6 +28,7 @@ TITLES = {
     "activations": "summing activations",
     "gradients": "summing gradients",
     "damage": "damage by type",
+    "output": "outputs",
     "convert": "converting",
     "verify": "reading back",
     "resume": "resuming",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitmill.cli import budget as budgets
@@ -27,11 +28,11 @@ from bitmill.cli.options import (
     Measure,
     Model,
     MomentsFile,
-    Out,
     OutputType,
+    Outs,
     PreTokenizer,
     Pure,
-    Recipe,
+    Recipes,
     Resume,
     Revision,
     Samples,
@@ -49,6 +50,8 @@ from bitmill.core.errors import Refused
 
 if TYPE_CHECKING:
     from bitmill.account import Report
+    from bitmill.core.axes import Checkpoint
+    from bitmill.planning import Plan
 
 SHOWN_NOTES = 8
 LONGEST = 64  # characters of a fact that is worth a place in one line
@@ -56,8 +59,8 @@ LONGEST = 64  # characters of a fact that is worth a place in one line
 
 def quantize(
     model: Model,
-    recipe: Recipe = None,
-    out: Out = None,
+    recipe: Recipes = None,
+    out: Outs = None,
     calib: Calib = None,
     nsamples: Samples = 128,
     seqlen: Length = 512,
@@ -102,6 +105,10 @@ def quantize(
         bitmill quantize ./my-model W4A16 -o my-model-w4a16 --calib chats.jsonl --chat
         bitmill quantize org/name --bits 4 --group-size 64 -o name-int4 --dry-run
         bitmill quantize ./my-model --bpw 4.5 -o my-model.gguf
+        bitmill quantize ./my-model Q4_K_M W4A16 -o my-model.gguf -o my-model-w4a16
+
+    Several outputs share the text they calibrate on, and the solution where only containers differ. Otherwise
+    each has a pass of its own, since its moments come from its own quantized blocks: it is what it is alone.
     """
     from bitmill.planning import plan as make_plan
     from bitmill.source import open_source
@@ -109,39 +116,79 @@ def quantize(
     file = (split_max_size, split_max_tensors, pre_tokenizer)
     types = Types(tensor_type or (), output_tensor_type, token_embedding_type, pure, *file)
     limits = budgets.Limits(bpw, size, fit, damage, solver)
-    limits.refuse_others(recipe is not None or bits is not None, bool(keep) or types != Types())
-    recipe_ = None if limits.given else wanted(recipe, keep or [], bits, group_size, types)
-    if out is None and not dry_run:
-        raise Refused("no output is named", fix="add -o, for example: -o out.gguf")
+    limits.refuse_others(bool(recipe) or bits is not None, bool(keep) or types != Types())
+    asked: Sequence[str | None] = recipe or (None,)
+    recipes = [] if limits.given else [wanted(one, keep or [], bits, group_size, types) for one in asked]
+    outs: Sequence[Path | None] = out or (None,) * len(asked)
+    refuse_unpaired(len(asked), outs, dry_run, save_moments)
     source = open_source(model, revision=revision)
-    seen = budgets.Drawn(calib, seqlen=seqlen, seed=seed, chat=chat, device=device)
-    recipe_ = recipe_ or budgets.recipe_for(source, limits, seen, out)
-    calibrated = bool(calib) or moments is not None or bool(imatrix)
+    if limits.given:
+        seen = budgets.Drawn(calib, seqlen=seqlen, seed=seed, chat=chat, device=device)
+        recipes = [budgets.recipe_for(source, limits, seen, outs[0])]
     nsamples, seqlen = (0, 0) if imatrix else (nsamples, seqlen)
     windows: dict[str, Any] = {"nsamples": nsamples, "seqlen": seqlen}
-    made = make_plan(recipe_, source, out, **windows, strict=strict, calibrated=calibrated)
+    how: dict[str, Any] = {**windows, "strict": strict, "calibrated": bool(calib or moments or imatrix)}
+    plans = [make_plan(r, source, to, **how) for r, to in zip(recipes, outs, strict=True)]
     if dry_run:
-        planned.check_imatrix(made, source, imatrix, imatrix_missing)
-        say.emit(made.to_json()) if json else planned.show(made, every_row=False)
+        _plans(plans, source, imatrix or (), imatrix_missing, json)
         return
-    assert out is not None
-    say.note("\n".join(made.headline))
-    from bitmill import mill
-
-    drawn: dict[str, Any] = {"calib": calib or None, **windows, "seed": seed, "chat": chat, "device": device}
-    given: dict[str, Any] = {"moments": moments, "imatrix": imatrix or (), "imatrix_missing": imatrix_missing}
-    conduct: dict[str, Any] = {"save": save_moments, "force": force, "strict": strict, "resume": resume}
-    with Teller() as teller:
-        report = mill.quantize(source, recipe_, out, **drawn, **given, **conduct, progress=teller)
-    _account(report, model, measuring.How(text=text, device=device, revision=revision), measure, json)
+    drawn = {"calib": calib or None, **windows, "seed": seed, "chat": chat, "device": device}
+    given = {"moments": moments, "imatrix": imatrix or (), "imatrix_missing": imatrix_missing}
+    conduct = {"save": save_moments, "force": force, "strict": strict, "resume": resume}
+    reports = _made(source, plans, out or (), {**drawn, **given, **conduct})
+    _account(reports, model, measuring.How(text=text, device=device, revision=revision), measure, json)
 
 
-def _account(report: Report, model: str, how: measuring.How, measure: bool, json: bool) -> None:
-    if not json:
-        _say(report)
-    records = measuring.account([report.path], model, how) if measure else ()
+def refuse_unpaired(recipes: int, outs: Sequence[Path | None], dry_run: bool, save: Path | None) -> None:
+    """Refuse recipes and outputs whose numbers do not go together, before anything is read."""
+    if outs[0] is None and not dry_run:
+        raise Refused("no output is named", fix="add -o, for example: -o out.gguf")
+    if recipes != len(outs):
+        raise Refused(
+            f"{recipes} recipes (or budgets) and {len(outs)} outputs",
+            fix="a recipe for each -o, in the same order: quantize MODEL RECIPE RECIPE -o OUT -o OUT",
+        )
+    if len(outs) > 1 and save is not None:
+        raise Refused(
+            "--save-moments is of one output: each has moments of its own", fix="save them in a run alone"
+        )
+
+
+def _plans(
+    plans: Sequence[Plan], source: Checkpoint, imatrix: Sequence[Path], missing: str, json: bool
+) -> None:
+    for made in plans:
+        planned.check_imatrix(made, source, imatrix, missing)
     if json:
-        say.emit({**report.to_json(), "measurement": records[0].to_json() if records else None})
+        say.emit(plans[0].to_json() if len(plans) == 1 else [made.to_json() for made in plans])
+        return
+    for at, made in enumerate(plans):
+        if at:
+            say.result()
+        planned.show(made, every_row=False)
+
+
+def _made(
+    source: Checkpoint, plans: Sequence[Plan], outs: Sequence[Path], how: Mapping[str, Any]
+) -> Sequence[Report]:
+    from bitmill import mill, several
+
+    say.note("\n".join(line for made in plans for line in made.headline))
+    with Teller() as teller:
+        if len(outs) == 1:
+            return [mill.quantize(source, plans[0].recipe, outs[0], **how, progress=teller)]
+        shared = {key: value for key, value in how.items() if key != "save"}
+        return several.quantize_many(source, [p.recipe for p in plans], outs, **shared, progress=teller)
+
+
+def _account(reports: Sequence[Report], model: str, how: measuring.How, measure: bool, json: bool) -> None:
+    for report in () if json else reports:
+        _say(report)
+    records = measuring.account([report.path for report in reports], model, how) if measure else ()
+    if json:
+        found = [record.to_json() for record in records] if records else (None,) * len(reports)
+        said = [{**r.to_json(), "measurement": m} for r, m in zip(reports, found, strict=True)]
+        say.emit(said[0] if len(said) == 1 else said)
     elif records:
         say.result()
         measuring.show(records)
