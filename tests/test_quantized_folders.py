@@ -158,12 +158,12 @@ def parsed(row: Row, grid: str) -> Row:
 @pytest.mark.parametrize(
     ("container", "grid", "said"),
     [
-        (CompressedTensors(), "int4-g32-fz", "> bitmill"),
+        (CompressedTensors(), "int4-g32-fz", "> hqq"),
         (CompressedTensors(), "nf4-b64", "> bitsandbytes"),
         (CompressedTensors(), "q4_k", "> gguf"),
         (CompressedTensors(), "fp8-e5m2-channel", "> bitmill"),
         (CompressedTensors(), "int8-tensor-sym", "whole tensor"),
-        (Gptq(), "int4-g32-fz", "> bitmill"),
+        (Gptq(), "int4-g32-fz", "> hqq"),
         (Gptq(), "int5-g32-sym", "2, 3, 4 or 8"),
         (Gptq(), "mxfp4", "> bitmill"),
     ],

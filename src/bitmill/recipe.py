@@ -60,7 +60,7 @@ KNOWN: Mapping[str, str] = {
     "gptq-int8": "gptq : int8-g128-sym > gptq",
     "awq": "awq + clip : int4-g128-asym > compressed-tensors",
     "awq-gptq": "awq + gptq : int4-g128-asym > compressed-tensors",
-    "hqq": "hqq : int4-g64-fz > bitmill",
+    "hqq": "hqq : int4-g64-fz > hqq",
     "nf4": "nearest : nf4-b64-dq > bitsandbytes",
     "fp4": "nearest : fp4-b64 > bitsandbytes",
     "int8": "nearest : llm-int8 > bitsandbytes",
@@ -465,7 +465,7 @@ def _container(text: str, grid: str) -> str:
     if grid in Mixture.names():
         return "gguf"
     value = registry.parse_grid(grid)
-    for name in ("gguf", "compressed_tensors", "bitsandbytes", "bitmill"):
+    for name in ("gguf", "compressed_tensors", "bitsandbytes", "hqq", "bitmill"):
         if registry.member("containers", name)().refuses(value, "q", (256, 256)) is None:
             return name
     raise BadRecipe(f"no container holds {grid!r}", fix="name one after '>'")

@@ -13,7 +13,7 @@ from bitmill.solvers.clip import Clip
 from bitmill.solvers.hqq import Hqq
 from bitmill.solvers.nearest import Nearest
 
-OUT, IN, TOKENS = 12, 256, 1024
+OUT, IN, TOKENS = 16, 256, 1024
 SOLVERS: dict[str, Solver] = {name: cls() for name, cls in registry.members("solvers").items()}
 GRIDS = [g for cls in registry.members("grids").values() for g in cls.examples()]
 PAIRS = [
@@ -113,7 +113,7 @@ def test_the_weight_and_the_moments_stay_as_they_were(solver: Solver, grid: Grid
 @every_pair
 def test_two_problems_are_each_solved_as_if_alone(solver: Solver, grid: Grid):
     moments = _moments()
-    problems = [Problem("a", "q", _weight(1), moments), Problem("b", "k", _weight(2, out=6), moments)]
+    problems = [Problem("a", "q", _weight(1), moments), Problem("b", "k", _weight(2, out=2 * OUT), moments)]
     together = solver.solve(problems, [grid, grid])
     for problem, solution in zip(problems, together, strict=True):
         alone = _solve(solver, grid, problem.weight, moments)

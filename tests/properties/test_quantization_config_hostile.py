@@ -15,6 +15,7 @@ from bitmill.containers.bitmill import Bitmill
 from bitmill.containers.bitsandbytes import Bitsandbytes
 from bitmill.containers.compressed_tensors import CompressedTensors
 from bitmill.containers.gptq import Gptq
+from bitmill.containers.hqq import Hqq
 from bitmill.core.axes import Container
 from bitmill.core.errors import BitmillError
 from bitmill.core.registry import parse_grid
@@ -23,7 +24,7 @@ from tests.tiny import make_model
 from tests.written import rows_of, write
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
-GRIDS: dict[type[Container], str] = {Bitsandbytes: "nf4-b32-dq"}
+GRIDS: dict[type[Container], str] = {Bitsandbytes: "nf4-b32-dq", Hqq: "int4-g32-fz"}
 WORDS = [
     "int",
     "float",
@@ -54,7 +55,7 @@ VALUES = st.recursive(
 
 @pytest.fixture(
     scope="module",
-    params=[CompressedTensors(), Gptq(), Bitmill(), Bitsandbytes()],
+    params=[CompressedTensors(), Gptq(), Bitmill(), Bitsandbytes(), Hqq()],
     ids=lambda c: type(c).__name__,
 )
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -21,7 +21,7 @@ CLIENTS = {
     "compressed-tensors": "loads compressed-tensors folders in transformers",
     "llmcompressor": "a peer to compare with",
     "gptqmodel": "loads GPTQ folders",
-    "hqq": "loads HQQ folders",
+    "hqq": "loads HQQ folders, with transformers 4",
     "auto-round": "a peer to compare with",
     "vllm": "serves compressed-tensors and GPTQ folders",
     "accelerate": "what transformers needs to load some quantized folders",

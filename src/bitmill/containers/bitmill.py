@@ -39,6 +39,7 @@ from bitmill.core.registry import parse_grid
 from bitmill.core.types import FileImage, Quantized, Row
 from bitmill.grids.dense import Dense
 from bitmill.grids.integer import Integer
+from bitmill.grids.integer_down import IntegerDown
 from bitmill.grids.kquant import KQuant
 from bitmill.grids.lattice import Lattice
 from bitmill.grids.llm_int8 import LlmInt8
@@ -182,6 +183,11 @@ def _layout(grid: Grid, shape: tuple[int, int]) -> _Layout | None:
         if grid.zero != "sym":
             params["zero"] = ("U8" if grid.zero == "asym" else scale, groups)
         return _Layout(shape, grid.bits, params)
+    if isinstance(grid, IntegerDown):
+        scale = "F16" if grid.scale == "auto" else DENSE_DTYPES[grid.scale]
+        return _Layout(
+            shape, grid.bits, dict.fromkeys(("scale", "zero"), (scale, (out // grid.group, columns)))
+        )
     if isinstance(grid, Minifloat):
         return _Layout(shape, ELEMENTS[grid.element].bits, _minifloat_params(grid, shape))
     if isinstance(grid, Table):

@@ -107,7 +107,7 @@ def _unknown(grid: Grid) -> str | None:
     """Why no layout holds ``grid``, and which container would."""
     if isinstance(grid, Integer):
         if grid.zero == "fz":
-            return "its zero points are whole numbers: say -asym, or write > bitmill"
+            return "its zero points are whole numbers: say -asym, or write > hqq"
         return "it has no packed layout with one scale for a whole tensor" if grid.group == -1 else None
     if isinstance(grid, Minifloat):
         if str(grid) in _SMALL or (grid.element == "e4m3" and grid.scaling in _STRATEGY):

@@ -64,7 +64,7 @@ class Gptq(Container):
         if not isinstance(grid, Integer):
             return f"it holds integer grids only, not {grid}; > bitmill holds anything"
         if grid.zero == "fz":
-            return "its zero points are whole numbers: say -asym, or write > bitmill"
+            return "its zero points are whole numbers: say -asym, or write > hqq"
         if grid.bits not in _BITS or grid.group not in _GROUPS:
             return f"it has 2, 3, 4 or 8 bits by groups of 16 to 1024 or by channel, not {grid}"
         if role not in LINEAR_ROLES:

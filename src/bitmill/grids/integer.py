@@ -16,6 +16,7 @@ from bitmill.numerics.search import (
     INTEGER_ZERO,
     REAL_ZERO,
     SYMMETRIC,
+    real_zero_range,
     search_affine,
     spread,
     stored,
@@ -209,11 +210,7 @@ class Integer(AffineGrid):
             scale = stored(torch.maximum(-low, high) / (top / 2), dtype)
             return scale, torch.full_like(scale, float(2 ** (self.bits - 1)))
         if self.zero == "fz":
-            low, high = torch.minimum(low, high / 2), torch.maximum(high, low / 2)
-            step = (high - low) / top
-            scale = stored(step, dtype)
-            lost = step < scale / 2  # smaller than any scale: the codes hold zeros only
-            return scale, torch.where(lost, 0.0, stored(-low / scale, dtype))
+            return real_zero_range(low, high, top, dtype)
         low, high = low.clamp(max=0), high.clamp(min=0)
         if self.zero_floor:
             low = torch.minimum(low, -high / (top - 1))

@@ -75,6 +75,16 @@ def weights_of(importance: Tensor, w: Tensor) -> Tensor:
     return u / mean if bool(mean > 0) else torch.ones_like(u)
 
 
+def real_zero_range(low: Tensor, high: Tensor, top: int, dtype: str) -> tuple[Tensor, Tensor]:
+    """Scale and real zero point, as stored, of codes ``0 … top`` that span ``low … high``; the span is
+    widened to at least half of its farther end, so that a constant block has a step."""
+    low, high = torch.minimum(low, high / 2), torch.maximum(high, low / 2)
+    step = (high - low) / top
+    scale = stored(step, dtype)
+    lost = step < scale / 2  # smaller than any scale: the codes hold zeros only
+    return scale, torch.where(lost, 0.0, stored(-low / scale, dtype))
+
+
 def by_rows(rows: int, work: Callable[[int, int], None]) -> None:
     """``work(first, last)`` over all rows, on as many threads as torch uses; ``work`` releases the GIL."""
     threads = max(1, min(torch.get_num_threads(), rows))

@@ -15,6 +15,7 @@ from bitmill.core.axes import AffineGrid, Grid, Solver
 from bitmill.core.types import Params, Problem, Quantized, Solution
 
 _OPEN = re.compile(r"(int[2-8]-(?:channel|g\d+))((?:-s(?:f16|bf16|f32))?)")
+_MOST_ROWS = 1 << 16
 _CHUNK = 1 << 18  # weights at a time: what twenty rounds read and write stays in the cache
 
 
@@ -49,10 +50,11 @@ class Hqq(Solver):
             raise ValueError("p is in (0, 1], beta above 0, kappa and rounds at least 1")
 
     def refuses(self, grid: Grid) -> str | None:
-        """Zero points must be there, free, and a row's own."""
-        if not isinstance(grid, AffineGrid) or grid.block[0] != 1:
+        """Zero points must be there, free, and a row's own, or those of rows that are evenly apart."""
+        rows = _rows(grid) if isinstance(grid, AffineGrid) else 0
+        if not isinstance(grid, AffineGrid) or not rows:
             return f"{grid} has no zero points of its own in each row; use e.g. int4-g64-fz"
-        params = grid.fit(torch.zeros(1, grid.block[1] or 1))
+        params = grid.fit(torch.zeros(rows, grid.block[1] or 1))
         if grid.with_zero(params, torch.zeros(1, 1)) is None:
             return f"the zero points of {grid} are fixed; use e.g. int4-g64-fz"
         return None
@@ -79,24 +81,26 @@ class Hqq(Solver):
         if reason is not None or not isinstance(grid, AffineGrid):
             raise ValueError(reason)
         w = weight.to(torch.float32)
-        rows = max(1, _CHUNK // w.shape[1])
-        parts = [self._search(w[a : a + rows], grid) for a in range(0, len(w), rows)]
-        params = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        group = _rows(grid)
+        free = int(group > 1)  # columns are independent where rows are not
+        parts = [self._search(x, grid, group) for x in w.split(max(1, _CHUNK // w.shape[1 - free]), free)]
+        params = {name: torch.cat([part[name] for part in parts], free) for name in parts[0]}
         return Quantized(grid, grid.encode(w, params), params, (w.shape[0], w.shape[1]))
 
-    def _search(self, w: Tensor, grid: AffineGrid) -> Params:
-        width = grid.block[1] or w.shape[1]
+    def _search(self, w: Tensor, grid: AffineGrid, group: int) -> Params:
+        """``x`` holds the members of each block in its last dimension; ``group`` rows share a block."""
+        width, rows = grid.block[1] or w.shape[1], len(w) // group
         firsts = torch.arange(0, w.shape[1], width, device=w.device)
         start = grid.fit(w)
-        params = _with_zero(grid, start, _zero(grid, start, firsts).expand(len(w), -1).round())
+        params = _with_zero(grid, start, _zero(grid, start, firsts).expand(len(w), -1)[:rows].round())
         affine = grid.affine(params, firsts)
-        step = affine.step.expand(len(w), len(firsts))[..., None]
+        step = affine.step.expand(len(w), len(firsts))[:rows, :, None]
         inverse = torch.where(step == 0, 0.0, 1 / step)
-        x = w.reshape(len(w), -1, width) * inverse
+        x = w.reshape(group, rows, -1, width).permute(1, 2, 0, 3).reshape(rows, len(firsts), -1) * inverse
         least = torch.full(x.shape[:2], torch.inf, device=w.device)
         kept, beta = least, self.beta
         for _ in range(self.rounds + 1):
-            zero = _zero(grid, params, firsts).expand(x.shape[:2])
+            zero = _zero(grid, params, firsts).expand(len(w), -1)[:rows]
             codes = (x + zero[..., None]).round_().clamp_(affine.low, affine.high)
             off = (x - codes).add_(zero[..., None])
             cost = off.square().sum(-1)
@@ -108,6 +112,19 @@ class Hqq(Solver):
             params = _with_zero(grid, params, (codes - x + outliers).mean(-1))
             beta *= self.kappa
         return _with_zero(grid, start, kept)
+
+
+def _rows(grid: AffineGrid) -> int:
+    """How many rows share a zero point: one; or, where a block is a column, the fewest that can be stored,
+    once it is certain that they are evenly apart (HQQ's axis 0). 0 is anything else."""
+    if grid.block != (0, 1):
+        return int(grid.block[0] == 1)
+    rows = next((rows for rows in range(1, _MOST_ROWS) if grid.refuses((rows, 1)) is None), 0)
+    two = torch.tensor([[0.0], [1.0]])
+    moved = grid.with_zero(grid.fit(torch.zeros(2 * rows, 1)), two) if rows else None
+    if moved is None:
+        return 0
+    return rows if torch.equal(grid.affine(moved, torch.tensor([0])).zero, two.repeat(rows, 1)) else 0
 
 
 def _zero(grid: AffineGrid, params: Params, firsts: Tensor) -> Tensor:

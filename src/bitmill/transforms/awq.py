@@ -95,7 +95,10 @@ class _Reader:
     def of(cls, problem: Problem, grid: Grid, rows: int) -> _Reader:
         """Every n-th row, at most ``rows`` of them."""
         stride = -(-problem.weight.shape[0] // rows)
-        return cls(problem.weight[::stride].float().contiguous(), grid)
+        some = problem.weight[::stride]
+        if grid.refuses(tuple(some.shape)) is not None:  # rows that share parameters go together
+            some = problem.weight
+        return cls(some.float().contiguous(), grid)
 
     def relative_size(self) -> Tensor:
         """|w| relative to the largest of its block, ``rows in``; 0 in a block of zeros."""
