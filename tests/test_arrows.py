@@ -15,7 +15,7 @@ _BASE = {"core"}
 _NUMERIC = _BASE | {"numerics"}
 _FACTS = _NUMERIC | {"families", "checkpoint"}
 _PLANNED = _FACTS | {"recipe", "source", "calibrate", "forecast", *AXES}
-_MILLED = _PLANNED | {"planning", "journal", "folding", "account"}
+_MILLED = _PLANNED | {"planning", "journal", "folding", "fitting", "account"}
 
 ARROWS: dict[str, set[str]] = {
     "core": set(),
@@ -27,6 +27,7 @@ ARROWS: dict[str, set[str]] = {
     "solvers": _NUMERIC,
     "allocation": _NUMERIC,
     "folding": _NUMERIC | {"families"},
+    "fitting": _NUMERIC | {"families", "folding", "calibrate"},
     "calibrate": _FACTS | {"run"},
     "containers": _FACTS | {"grids"},
     "source": _FACTS,

@@ -14,11 +14,14 @@ from transformers import AutoModelForCausalLM
 from bitmill import mill, planning, walk
 from bitmill.calibrate.moments import load_moments
 from bitmill.calibrate.stream import Stream
+from bitmill.core.axes import Seam
 from bitmill.core.errors import Interrupted, Refused, Unsolvable
 from bitmill.journal import report_path
+from bitmill.numerics.linear_maps import Diagonal
 from bitmill.planning import plan
 from bitmill.recipe import parse
 from bitmill.source import open_source
+from bitmill.transforms.awq import Awq
 from tests.tiny import CONFIGS, make_model, tokens
 
 RECIPES = [
@@ -273,3 +276,42 @@ def test_a_solver_that_is_not_sequential_sees_the_block_as_it_was(model: Path, t
     }
     error = {name: float((gram - x.T @ x).norm() / (x.T @ x).norm()) for name, gram in grams.items()}
     assert error["false"] < 1e-5 < 1e-3 < error["true"]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_shared_values_are_scaled_too_and_the_function_stays(kv_heads: int, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "qwen2", num_key_value_heads=kv_heads)
+    source, x = open_source(str(model)), tokens(2, 32, seed=5)
+    report = mill.quantize(
+        source, "awq + nearest : int8-g32-asym > bitmill", tmp_path / "out", calib=tokens()
+    )
+    gains = {note.where: note.value for note in report.notes if note.kind == "transform"}
+    assert gains["block 0 value"] is not None and gains["block 0 value"] < 1
+    again = open_source(str(tmp_path / "out"))
+    a, b = (s.logits(s.hidden(x)) for s in (Stream(source), Stream(again)))
+    assert (a - b).abs().max() < 0.05 * a.abs().max()
+    name = "model.layers.0.self_attn.v_proj.bias"
+    assert not torch.allclose(source.read(name), again.read(name), rtol=0.01)
+
+
+def test_a_fold_that_does_not_help_its_block_is_taken_back(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A map that is worse than none, whatever its fit says of it."""
+
+    def harmful(self: Awq, seam: Seam, layer: int, width: int, readers: object) -> tuple[Diagonal, float]:
+        scale = torch.ones(width)
+        scale[::7] = 100.0
+        return Diagonal(scale), 0.5
+
+    x = tokens(4, 32)
+    mill.quantize(str(model), "gptq : int4-g32-asym > bitmill", tmp_path / "plain", calib=x)
+    monkeypatch.setattr(Awq, "fit", harmful)
+    for name, limit in (("staged", walk.STAGED_BYTES), ("passes", 0)):
+        monkeypatch.setattr(walk, "STAGED_BYTES", limit)
+        report = mill.quantize(str(model), "awq + gptq : int4-g32-asym > bitmill", tmp_path / name, calib=x)
+        notes = [note for note in report.notes if note.kind == "transform"]
+        assert [note.where for note in notes] == ["block 0", "block 1", "block 2"]
+        assert all("nothing folded" in note.text for note in notes)
+    a, b = (open_source(str(tmp_path / name)) for name in ("plain", "staged"))
+    assert all(torch.equal(a.read(name), b.read(name)) for name in a.tensors)

@@ -290,10 +290,6 @@ def _transform_remarks(recipe: Recipe, family: Family, checkpoint: Checkpoint) -
                 remarks.append(
                     f"{call.name}: {family.name} has no {name} seam for a {transform.kind} map; skipped"
                 )
-            elif name == "value" and transform.kind == "diagonal" and not _one_to_one(checkpoint.config):
-                remarks.append(
-                    f"{call.name}: the value seam is skipped, its heads are shared between queries"
-                )
             else:
                 usable.append(name)
         if not usable:
@@ -303,11 +299,6 @@ def _transform_remarks(recipe: Recipe, family: Family, checkpoint: Checkpoint) -
             "the tied head gets a matrix of its own: a rotated embedding and a rotated head differ"
         )
     return tuple(remarks)
-
-
-def _one_to_one(config: Mapping[str, Any]) -> bool:
-    facts = traits(config)
-    return facts["heads"] == facts["kv_heads"]
 
 
 def _rows(

@@ -2,10 +2,10 @@
 
 Two ways to walk a calibrated block, chosen by memory alone. *Staged*: every calibration token is inside the
 block at once, in micro-batches that wait for each other, and each group of linears is solved the moment its
-input exists, so that later groups see the error of earlier ones and the block runs a single time. *Two
-passes*: moments of the dense block in micro-batches, solve, then the quantized block's outputs. A fitted
-transform needs the moments of the whole block first, hence two passes; so does a solver whose ``sequential``
-is false. Where a solver asks for cross moments, the original model's hidden states go along beside the
+input exists, so that later groups see the error of earlier ones and the block runs a single time; a fitted
+transform takes the moments of the whole block first, from some of the tokens. *Two passes*: moments of the
+dense block in micro-batches, solve, then the quantized block's outputs; also for a solver that is not
+``sequential``. Where a solver asks for cross moments, the original model's hidden states go along beside the
 quantized one's.
 """
 
@@ -27,8 +27,8 @@ from bitmill.calibrate.tokens import Calibration
 from bitmill.core.axes import CalibratedSolver, Checkpoint, Container, Solver
 from bitmill.core.errors import Refused, Unsolvable
 from bitmill.core.types import Moments, Note, Problem, Quantized, Row
-from bitmill.families.base import traits
-from bitmill.folding import fixed_fold, fold_diagonal
+from bitmill.fitting import Fitting
+from bitmill.folding import fixed_fold
 from bitmill.forecast import STAGED_BYTES, staged_bytes
 from bitmill.journal import Workspace
 from bitmill.planning import Plan
@@ -84,11 +84,9 @@ class Walk:
         self.container: Container = self.plan.container
         transforms = self.plan.recipe.make_transforms()
         self.fold = fixed_fold(self.plan.family, transforms, self.source)
-        self.fitted = [
-            (call.name, t)
-            for call, t in zip(self.plan.recipe.transforms, transforms, strict=True)
-            if t.needs != "nothing"
-        ]
+        named = zip((call.name for call in self.plan.recipe.transforms), transforms, strict=True)
+        fitted = tuple((name, t) for name, t in named if t.needs != "nothing")
+        self.fitting = Fitting(self.plan.family, self.source.config, fitted)
         self.notes += self.calibration.notes
         self._sample: dict[str, tuple[str, Tensor]] = {}
         self._stacks: dict[str, bool] = {}
@@ -197,10 +195,17 @@ class Walk:
             self._solve_known(index, rows, tensors)
             return None
         block = stream.block(index, read=tensors.__getitem__)
-        if not self.fitted and self._sequential and self.fits_staged(hidden):
-            twin = stream.block(index, read=tensors.__getitem__) if self._cross else None
-            return self._staged(block, rows, tensors, hidden, twin)
-        return self._two_passes(block, rows, tensors, hidden)
+        if not (self._sequential and self.fits_staged(hidden)):
+            return self._two_passes(block, rows, tensors, hidden)
+        if self.fitting.transforms:
+            groups = self._groups(block, rows, hidden)
+            some = self._gather(block, groups, self.fitting.sample(hidden))
+            if self.keep_moments:
+                self._gather(block, groups, hidden)
+            self._fold(block, rows, tensors, some, hidden)
+            block = stream.block(index, read=tensors.__getitem__)
+        twin = stream.block(index, read=tensors.__getitem__) if self._cross else None
+        return self._staged(block, rows, tensors, hidden, twin)
 
     def fits_staged(self, hidden: Tensor) -> bool:
         """Whether all calibration tokens may be inside one block at once."""
@@ -217,7 +222,8 @@ class Walk:
     def _solve_known(self, index: int, rows: Sequence[Row], tensors: dict[str, Tensor]) -> None:
         solved = [row for row in rows if row.solved]
         moments = {row.name: self.known[row.name] for row in solved if row.name in self.known}
-        moments = self._fit_transforms(index, rows, tensors, moments)
+        moments, notes = self.fitting.fold(index, rows, tensors, moments)
+        self.notes += notes
         groups: dict[int, list[Row]] = {}
         for row in solved:
             groups.setdefault(id(moments.get(row.name, row)), []).append(row)  # without data: by itself
@@ -231,8 +237,8 @@ class Walk:
         batch = max(1, MICRO_TOKENS // hidden.shape[1])
         before = block.forward(hidden[:1])
         groups = self._groups(block, rows, hidden)
-        moments = self._gather(block, groups, hidden, batch)
-        moments = self._fit_transforms(block.index, rows, tensors, moments)
+        moments = self._gather(block, groups, hidden, self._original)
+        moments = self._fold(block, rows, tensors, moments, hidden)
         for group in groups:
             values = self._solve(group, tensors, moments[group[0].name])
             for name, value in values.items():
@@ -262,7 +268,9 @@ class Walk:
         before = block.forward(first)
 
         def solve(group: Sequence[Row], moments: Moments) -> None:
-            for name, value in self._solve(group, tensors, self._kept(group, moments)).items():
+            if not self.fitting.transforms:  # what is kept is of the model before any fold
+                self._kept(group, moments)
+            for name, value in self._solve(group, tensors, moments).items():
                 block.assign(name.removeprefix(block.prefix), value)
                 del tensors[name]  # the block computes with the new values: the old ones are memory
 
@@ -272,7 +280,7 @@ class Walk:
         if original is not None and self._original is not None:
             twin = Twin(original, self._original, paths, batch)
         gates = {
-            path: _Stage(group, self._sum(group, hidden), solve, twin)
+            path: _Stage(group, self._sum(group, hidden, self._cross), solve, twin)
             for path, group in zip(paths, groups, strict=True)
         }
         try:
@@ -300,8 +308,8 @@ class Walk:
             )
         return [group for group in groups if group]
 
-    def _sum(self, group: Sequence[Row], hidden: Tensor) -> MomentSum:
-        return MomentSum(group[0].shape[1], self.plan.needs == "gram", hidden.device, cross=self._cross)
+    def _sum(self, group: Sequence[Row], hidden: Tensor, cross: bool) -> MomentSum:
+        return MomentSum(group[0].shape[1], self.plan.needs == "gram", hidden.device, cross=cross)
 
     def _kept(self, group: Sequence[Row], moments: Moments) -> Moments:
         if self.keep_moments:
@@ -309,19 +317,25 @@ class Walk:
         return moments
 
     def _gather(
-        self, block: Block, groups: Sequence[Sequence[Row]], hidden: Tensor, batch: int
+        self,
+        block: Block,
+        groups: Sequence[Sequence[Row]],
+        hidden: Tensor,
+        original: Tensor | None = None,
     ) -> dict[str, Moments]:
+        """Moments of the block as it is; with ``original``, cross moments too, and it goes through."""
+        batch = max(1, MICRO_TOKENS // hidden.shape[1])
         sums: dict[str, MomentSum] = {}
         seen: dict[str, Tensor] = {}
         hooks = {}
         for group in groups:
-            total = sums[group[0].name] = self._sum(group, hidden)
+            total = sums[group[0].name] = self._sum(group, hidden, original is not None)
             path, name = _path(block, group), group[0].name
             hooks[path] = lambda x, add=total.add, path=path, name=name: add(x, name, seen.get(path))
         keep = {path: partial(seen.__setitem__, path) for path in hooks}
         for a in range(0, hidden.shape[0], batch):
-            if self._original is not None:
-                part = self._original[a : a + batch]
+            if original is not None:
+                part = original[a : a + batch]
                 part.copy_(block.watched(part, keep))
             block.watched(hidden[a : a + batch], hooks)
         return {
@@ -331,33 +345,25 @@ class Walk:
             for row in group
         }
 
-    def _fit_transforms(
-        self, index: int, rows: Sequence[Row], tensors: dict[str, Tensor], moments: dict[str, Moments]
+    def _fold(
+        self,
+        block: Block,
+        rows: Sequence[Row],
+        tensors: dict[str, Tensor],
+        moments: dict[str, Moments],
+        hidden: Tensor,
     ) -> dict[str, Moments]:
-        """Fit and fold every transform that learns from moments; ``tensors`` changes in place."""
-        family = self.plan.family
-        by_role = {row.role: row for row in rows if row.solved}
-        one_to_one = traits(self.source.config)["heads"] == traits(self.source.config)["kv_heads"]
-        for name, transform in self.fitted:
-            for seam_name in transform.seams():
-                seam = family.seam(seam_name)
-                if seam is None or transform.kind not in seam.allows or (seam.per_head and not one_to_one):
-                    continue
-                readers = [by_role[role] for role in seam.readers if role in by_role]
-                if len(readers) != len(seam.readers):
-                    continue
-                problems = [
-                    (Problem(row.name, row.role, tensors[row.name], moments[row.name]), row.grid)
-                    for row in readers
-                ]
-                map_, gain = transform.fit(seam, index, readers[0].shape[1], problems)
-                tensors.update(fold_diagonal(family, seam, map_, index, tensors))
-                changed = map_.moments(moments[readers[0].name])
-                moments = {**moments, **{row.name: changed for row in readers}}
-                self.notes.append(
-                    Note("transform", f"block {index} {seam_name}", f"{name}: error x {gain or 1:.3f}", gain)
-                )
-        return moments
+        """Fit and fold, unless the block does not gain by it; ``tensors`` changes in place, and ``block``
+        holds anything afterwards. The moments of the inputs as they are then."""
+        before = dict(tensors)
+        folded, notes = self.fitting.fold(block.index, rows, tensors, moments)
+        gain = self.fitting.gain(block, rows, before, tensors, hidden) if notes else 0.0
+        if gain >= 1:
+            tensors.update(before)
+            text = f"nothing folded: rounded to nearest, the block's error would be x {gain:.3f}"
+            notes, folded = [Note("transform", f"block {block.index}", text, gain)], moments
+        self.notes += notes
+        return folded
 
     def _solve(
         self, rows: Sequence[Row], tensors: Mapping[str, Tensor], moments: Moments | None

@@ -9,6 +9,7 @@ from torch import Tensor
 from bitmill.core import registry
 from bitmill.core.axes import Grid, LinearMap, Seam, Transform
 from bitmill.core.types import Moments, Problem
+from bitmill.numerics.linear_maps import SharedDiagonal
 from bitmill.solvers.nearest import Nearest
 from bitmill.transforms.awq import Awq
 from bitmill.transforms.hadamard import HadamardRotation
@@ -166,3 +167,45 @@ def test_hadamard_spreads_an_outlier_over_all_channels():
     spike = torch.zeros(1, IN)
     spike[0, 17] = 1.0
     torch.testing.assert_close(map_.read(spike).abs(), torch.full((1, IN), IN**-0.5))
+
+
+HEAD, TIMES = 16, 3
+
+
+def _value_seam() -> Seam:
+    """Four heads of values, each behind three queries."""
+    return Seam("value", ("v",), ("o",), frozenset({"diagonal"}), per_head=True, shared=(HEAD, TIMES))
+
+
+def test_channels_that_are_one_channel_of_the_writers_are_tied():
+    values = torch.arange(float(IN))
+    tied = _value_seam().tied(values)
+    for channel in range(IN):
+        head, inside = channel // HEAD, channel % HEAD
+        same = [(head // TIMES * TIMES + t) * HEAD + inside for t in range(TIMES)]
+        assert float(tied[channel]) == pytest.approx(float(values[same].mean()))
+    assert torch.equal(Seam("mlp_mid", ("up",), ("down",), frozenset()).tied(values), values)
+
+
+@every_grid
+def test_awq_scales_shared_values_alike_and_folds_exactly(grid: Grid):
+    """Through grouped-query attention: what a head of values writes is read behind each of its queries."""
+    map_, gain = Awq().fit(_value_seam(), 0, IN, _readers(grid, _moments()))
+    assert gain is not None and gain < 1
+    scale = map_.read(torch.ones(1, IN))[0]
+    torch.testing.assert_close(_value_seam().tied(scale), scale, rtol=1e-6, atol=0)
+    shared = SharedDiagonal.of(scale, HEAD, TIMES)
+    rng = torch.Generator().manual_seed(2)
+    value, bias, out = (torch.randn(*s, generator=rng) for s in ((IN // TIMES, 40), (IN // TIMES,), (30, IN)))
+    x = torch.randn(100, 40, generator=rng)
+
+    def run(value: Tensor, bias: Tensor, out: Tensor) -> Tensor:
+        heads = (x @ value.T + bias).reshape(len(x), -1, HEAD)
+        return heads.repeat_interleave(TIMES, 1).flatten(1) @ out.T
+
+    before, after = run(value, bias, out), run(shared.write(value), shared.write(bias), shared.read(out))
+    torch.testing.assert_close(after, before, rtol=0, atol=2e-5 * float(before.abs().max()))
+    torch.testing.assert_close(shared.undo(shared.read(out)), out, rtol=1e-5, atol=1e-5)
+    ours, wide = (m.moments(_moments()).gram for m in (shared, map_))
+    assert ours is not None and wide is not None
+    torch.testing.assert_close(ours, wide, rtol=1e-4, atol=1e-4)

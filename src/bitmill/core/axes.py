@@ -228,6 +228,8 @@ class Seam:
         readers: roles whose input is this space.
         allows: kinds of :class:`LinearMap` that can be folded exactly: ``diagonal``, ``orthogonal``.
         per_head: whether the space is made of heads, so that a map acts inside each of them.
+        shared: channels of a head, and how many heads the readers see in a row where the writers have one
+            (grouped-query attention: the values of one head are read behind each of its queries).
     """
 
     name: str
@@ -235,6 +237,13 @@ class Seam:
     readers: tuple[str, ...]
     allows: frozenset[str]
     per_head: bool = False
+    shared: tuple[int, int] = (1, 1)
+
+    def tied(self, values: Tensor) -> Tensor:
+        """``values`` of the readers' channels, each the mean of those that are one channel of the writers."""
+        head, times = self.shared
+        runs = values.reshape(-1, times, head)
+        return runs.mean(1, keepdim=True).expand_as(runs).reshape(values.shape)
 
 
 class Transform(ABC):
@@ -255,7 +264,11 @@ class Transform(ABC):
         self, seam: Seam, layer: int | None, width: int, readers: Sequence[tuple[Problem, Grid]]
     ) -> tuple[LinearMap, float | None]:
         """The map for one seam (``width`` is the hidden width, or a head's) and its gain in expected error
-        (new / old, None when it is not fitted). ``readers`` is empty for a transform that needs nothing."""
+        (new / old, None when it is not fitted). ``readers`` is empty for a transform that needs nothing.
+
+        Where the seam is ``shared``, a fitted diagonal is of the readers' width and should be the same on
+        channels that :meth:`Seam.tied` ties; those that differ take their geometric mean.
+        """
 
 
 class Solver(ABC):

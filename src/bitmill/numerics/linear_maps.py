@@ -66,6 +66,46 @@ class Diagonal(LinearMap):
 
 @final
 @dataclass(frozen=True, eq=False)
+class SharedDiagonal(LinearMap):
+    """A diagonal whose writers have one head where the readers see the same one several times in a row.
+
+    Attributes:
+        scale: the writers' factors, ``heads · head``.
+        head: channels of a head.
+        times: how often the readers see each.
+    """
+
+    kind: ClassVar[str] = "diagonal"
+    scale: Tensor
+    head: int
+    times: int
+
+    @classmethod
+    def of(cls, scale: Tensor, head: int, times: int) -> SharedDiagonal:
+        """From the readers' positive factors; the geometric mean of those that are one factor of a writer."""
+        return cls(scale.log().reshape(-1, times, head).mean(1).exp().reshape(-1), head, times)
+
+    def read(self, weight: Tensor) -> Tensor:
+        return self._wide.read(weight)
+
+    def write(self, weight: Tensor) -> Tensor:
+        return Diagonal(self.scale).write(weight)
+
+    def undo(self, weight: Tensor) -> Tensor:
+        return self._wide.undo(weight)
+
+    def moments(self, moments: Moments) -> Moments:
+        """Exact."""
+        return self._wide.moments(moments)
+
+    @property
+    def _wide(self) -> Diagonal:
+        heads = self.scale.reshape(-1, 1, self.head)
+        return Diagonal(heads.expand(-1, self.times, -1).reshape(-1))
+
+
+@final
+@dataclass(frozen=True, eq=False)
 class Permutation(LinearMap):
     """``h[index]``: channel ``i`` of the new vector is channel ``index[i]`` of the old one.
 

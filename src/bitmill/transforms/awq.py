@@ -27,7 +27,9 @@ class Awq(Transform):
 
     The error is exact for the rows looked at: ``tr(E H Eᵀ)`` with the Gram matrix of the input and each
     reader's own grid, fitted as it will be. All candidates meet 24 rows a reader, the best three and "no
-    scaling" then ``rows``; whatever wins, the gain is never above 1.
+    scaling" then ``rows``; whatever wins, the gain is never above 1. Values that several queries share have
+    one factor for all of them, fitted to their sum. Where the block as a whole, rounded to nearest, does not
+    come closer to what it was, nothing is folded in it.
 
     Attributes:
         grid_points: exponents tried between 0 and 1.
@@ -60,7 +62,7 @@ class Awq(Transform):
         identity = torch.ones(width, device=moments.square.device)
         few = [_Reader.of(problem, grid, min(_FIRST_ROWS, self.rows)) for problem, grid in readers]
         many = [_Reader.of(problem, grid, self.rows) for problem, grid in readers]
-        candidates = [s for s in self._candidates(moments, many) if bool(torch.isfinite(s).all())]
+        candidates = [s for s in self._candidates(seam, moments, many) if bool(torch.isfinite(s).all())]
         candidates.sort(key=lambda scale: _error(scale, few, moments))
         errors = [(_error(scale, many, moments), scale) for scale in candidates[:_FINALISTS]]
         plain = _error(identity, many, moments)
@@ -69,13 +71,13 @@ class Awq(Transform):
             return Diagonal(identity), 1.0
         return Diagonal(scale), best / plain
 
-    def _candidates(self, moments: Moments, readers: Sequence[_Reader]) -> Iterator[Tensor]:
+    def _candidates(self, seam: Seam, moments: Moments, readers: Sequence[_Reader]) -> Iterator[Tensor]:
         if moments.magnitude is None:
             raise ValueError("awq needs the mean magnitude of every input channel")
-        loud = moments.magnitude / max(moments.tokens, 1)
+        loud = seam.tied(moments.magnitude) / max(moments.tokens, 1)
         live = loud > 0
         loud = torch.where(live, loud, loud[live].min() if bool(live.any()) else 1.0)
-        size = torch.cat([reader.relative_size() for reader in readers]).mean(0)
+        size = seam.tied(torch.cat([reader.relative_size() for reader in readers]).mean(0))
         for k in range(self.grid_points + 1):
             r = k / self.grid_points
             if k > 0:
