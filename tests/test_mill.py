@@ -282,9 +282,8 @@ def test_a_solver_that_is_not_sequential_sees_the_block_as_it_was(model: Path, t
 def test_shared_values_are_scaled_too_and_the_function_stays(kv_heads: int, tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", "qwen2", num_key_value_heads=kv_heads)
     source, x = open_source(str(model)), tokens(2, 32, seed=5)
-    report = mill.quantize(
-        source, "awq + nearest : int8-g32-asym > bitmill", tmp_path / "out", calib=tokens()
-    )
+    recipe = "awq(shared=true) + nearest : int8-g32-asym > bitmill"
+    report = mill.quantize(source, recipe, tmp_path / "out", calib=tokens())
     gains = {note.where: note.value for note in report.notes if note.kind == "transform"}
     assert gains["block 0 value"] is not None and gains["block 0 value"] < 1
     again = open_source(str(tmp_path / "out"))

@@ -29,13 +29,20 @@ def staged_bytes(config: Mapping[str, Any], tokens: int) -> int:
 
 
 def cost(
-    rows: Sequence[Row], config: Mapping[str, Any], solver: Solver, needs: str, nsamples: int, seqlen: int
+    rows: Sequence[Row],
+    config: Mapping[str, Any],
+    solver: Solver,
+    needs: str,
+    nsamples: int,
+    seqlen: int,
+    fitted: bool = False,
 ) -> tuple[int, float]:
     """Peak bytes and seconds of the walk.
 
     Args:
         needs: ``nothing``, ``diagonal`` or ``gram``: what calibration takes.
         nsamples, seqlen: calibration windows and their length.
+        fitted: whether a transform is fitted: a block is then there before and after the fold, and rounded.
     """
     blocks: Counter[int] = Counter()
     for row in rows:
@@ -62,5 +69,5 @@ def cost(
         seconds += solver.passes * sought / (PLACED * cores)
     if streams > 1:
         operations += 2 * 2 * tokens * 3 * widest * widest * max(len(blocks), 1)
-    block = 4 * max(blocks.values(), default=0) * streams
+    block = 4 * max(blocks.values(), default=0) * (streams + 2 * fitted)
     return BASE_BYTES + block + hidden + activations + grams, 5.0 + seconds + operations / (RATE * cores)

@@ -240,7 +240,8 @@ def plan(
     if out is not None:
         refuse_folder(out, total_bytes(files))
     calibration = (nsamples, seqlen) if needs != "nothing" else (0, 0)
-    peak, seconds = cost(rows, checkpoint.config, solver, needs, *calibration)
+    fitted = any(transform.needs != "nothing" for transform in transforms)
+    peak, seconds = cost(rows, checkpoint.config, solver, needs, *calibration, fitted)
     return Plan(
         recipe,
         family,

@@ -190,7 +190,9 @@ def test_channels_that_are_one_channel_of_the_writers_are_tied():
 @every_grid
 def test_awq_scales_shared_values_alike_and_folds_exactly(grid: Grid):
     """Through grouped-query attention: what a head of values writes is read behind each of its queries."""
-    map_, gain = Awq().fit(_value_seam(), 0, IN, _readers(grid, _moments()))
+    plain, none = Awq().fit(_value_seam(), 0, IN, _readers(grid, _moments()))
+    assert none == 1 and torch.equal(plain.read(torch.ones(1, IN)), torch.ones(1, IN))
+    map_, gain = Awq(shared=True).fit(_value_seam(), 0, IN, _readers(grid, _moments()))
     assert gain is not None and gain < 1
     scale = map_.read(torch.ones(1, IN))[0]
     torch.testing.assert_close(_value_seam().tied(scale), scale, rtol=1e-6, atol=0)
