@@ -1,55 +1,71 @@
-"""GPTQ folders, version 1: what GPTQModel writes and vLLM, SGLang, ExLlama and transformers load.
+"""GPTQ folders: what GPTQModel writes and vLLM, SGLang, ExLlama and transformers load.
 
-Codes are packed down the input rows, zero points along the outputs and stored minus one (Frantar et al.,
-arXiv 2210.17323; the layout is AutoGPTQ's).
+Codes are packed down the input rows, zero points along the outputs (Frantar et al., arXiv 2210.17323; the
+layout is AutoGPTQ's). Version 1 stores zero points minus one and cannot hold 0; version 2 stores them as they
+are. Everything reads version 1; GPTQModel, transformers and recent vLLM read version 2 as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, final
 
-import torch
-from torch import Tensor
-
 from bitmill.checkpoint.hf_folder import read_config
-from bitmill.checkpoint.packed_folder import Packed, PackedFolder, check_parts, quantization_config
+from bitmill.checkpoint.packed_folder import PackedFolder, quantization_config
 from bitmill.checkpoint.patterns import patterns
-from bitmill.checkpoint.safetensors import DENSE, TensorFolder
+from bitmill.checkpoint.safetensors import TensorFolder
 from bitmill.checkpoint.safetensors_write import (
     DENSE_DTYPES,
     Planned,
     bytes_of,
-    exactly,
     folder_images,
     json_bytes,
     model_config,
     to_bytes,
 )
+from bitmill.checkpoint.word_layout import (
+    GPTQ_V1,
+    GPTQ_V2,
+    Said,
+    group_said,
+    one_grid,
+    open_words,
+    planned_words,
+    words_of,
+)
 from bitmill.core.axes import Checkpoint, Container, Grid
-from bitmill.core.errors import BadFile, Refused
+from bitmill.core.errors import Refused
 from bitmill.core.types import FileImage, Quantized, Row
 from bitmill.families.base import LINEAR_ROLES
 from bitmill.grids.dense import Dense
-from bitmill.grids.integer import Integer
-from bitmill.numerics.bits import pack, unpack
+from bitmill.grids.integer import Integer, integers
 
 METHOD = "gptq"
 
 _BITS = (2, 3, 4, 8)
 _GROUPS = (0, 16, 32, 64, 128, 256, 512, 1024)
 _WEIGHT = ".weight"
+_LAYOUTS = {1: ("gptq", GPTQ_V1), 2: ("gptq_v2", GPTQ_V2)}
 
 
 @final
 @dataclass(frozen=True)
 class Gptq(Container):
-    """A Hugging Face folder with one integer grid for all its layers, scales in half precision."""
+    """A Hugging Face folder with one integer grid for all its layers, scales in half precision.
+
+    Attributes:
+        version: 1, which everything reads, or 2, whose asymmetric zero points may be 0; either is read.
+    """
 
     single_file: ClassVar[bool] = False
+
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        if self.version not in _LAYOUTS:
+            raise ValueError(f"there are versions 1 and 2, not {self.version}")
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
@@ -76,10 +92,11 @@ class Gptq(Container):
         return None
 
     def adapt(self, grid: Grid, dtype: str) -> Grid:
-        """Scales are half precision. A zero point of 0 cannot be stored as one less, so it starts at 1."""
+        """Scales are half precision. In version 1 a zero point of 0 cannot be stored as one less, so it starts
+        at 1."""
         if not isinstance(grid, Integer) or grid.zero == "fz":
             return grid
-        return replace(grid, scale="f16", zero_floor=int(grid.zero == "asym"))
+        return replace(grid, scale="f16", zero_floor=int(grid.zero == "asym" and self.version == 1))
 
     def default_grid(self, dtype: str, role: str) -> str:
         """Kernels compute in 16 bits."""
@@ -97,7 +114,7 @@ class Gptq(Container):
             Refused: the layers are on several grids, or a layer is quantized in some blocks only.
         """
         config, more = model_config(source, rows), {}
-        settings = _settings(rows)
+        settings = _settings(rows, _LAYOUTS[self.version][0])
         if settings:
             config["quantization_config"] = settings
             more["quantize_config.json"] = json_bytes(settings)
@@ -107,62 +124,32 @@ class Gptq(Container):
 
     def pack(self, row: Row, quantized: Quantized, source: Checkpoint) -> Mapping[str, bytes]:
         grid = row.grid
-        if isinstance(grid, Dense):
-            return {row.name: to_bytes(quantized.codes)}
         if not isinstance(grid, Integer):
-            raise ValueError(f"no layout holds {grid}")
-        scale = quantized.params["scale"]
-        zero = quantized.params.get("zero", torch.full_like(scale, 2 ** (grid.bits - 1)))
-        columns = quantized.shape[1]
-        parts = {
-            "qweight": pack(quantized.codes, grid.bits).T,
-            "qzeros": pack(exactly(zero - 1, torch.uint8).T.contiguous(), grid.bits),
-            "scales": exactly(scale, torch.float16).T,
-            "g_idx": torch.arange(columns, dtype=torch.int32) // (grid.group or columns),
-        }
-        module = row.name.removesuffix(_WEIGHT)
-        return {f"{module}.{name}": to_bytes(value) for name, value in parts.items()}
+            return {row.name: to_bytes(quantized.codes)}
+        layout = _LAYOUTS[self.version][1]
+        words = words_of(layout, row.name, quantized, grid.bits, grid.group)
+        return {name: to_bytes(value) for name, value in words.items()}
 
 
 def _planned(row: Row) -> dict[str, Planned]:
     grid = row.grid
-    if isinstance(grid, Dense):
-        return {row.name: (DENSE_DTYPES[str(grid)], row.shape)}
-    if not isinstance(grid, Integer) or not row.name.endswith(_WEIGHT):
-        raise Refused(f"only weights of layers can be on {grid}", where=row.name, fix="keep this tensor")
-    module = row.name.removesuffix(_WEIGHT)
-    out, columns = row.shape
-    groups = columns // (grid.group or columns)
-    return {
-        f"{module}.qweight": ("I32", (columns * grid.bits // 32, out)),
-        f"{module}.qzeros": ("I32", (groups, out * grid.bits // 32)),
-        f"{module}.scales": ("F16", (groups, out)),
-        f"{module}.g_idx": ("I32", (columns,)),
-    }
+    if isinstance(grid, Integer):
+        return planned_words(GPTQ_V1, row.name, row.shape, grid.bits, grid.group)
+    return {row.name: (DENSE_DTYPES[str(grid)], row.shape)}
 
 
-def _settings(rows: Sequence[Row]) -> dict[str, Any]:
+def _settings(rows: Sequence[Row], layout: str) -> dict[str, Any]:
     """The ``quantization_config``, or nothing when no row is quantized."""
-    placed = [row for row in rows if not isinstance(row.grid, Dense)]
-    if not placed:
-        return {}
-    grid = placed[0].grid
+    grid, placed = one_grid(rows, "a GPTQ")
     if not isinstance(grid, Integer):
-        raise ValueError(f"no layout holds {grid}")
-    for row in placed:
-        if row.grid != grid:
-            raise Refused(
-                f"a GPTQ folder has one grid for all its layers, not {grid} and {row.grid}",
-                where=row.name,
-                fix="one grid for every role, or > compressed-tensors, which holds several",
-            )
+        return {}
     settings: dict[str, Any] = {
         "quant_method": METHOD,
         "bits": grid.bits,
         "group_size": grid.group or -1,
         "desc_act": False,
         "sym": grid.zero == "sym",
-        "checkpoint_format": "gptq",
+        "checkpoint_format": layout,
         "pack_dtype": "int32",
         "lm_head": False,
     }
@@ -195,86 +182,18 @@ def _skipped(rows: Sequence[Row], placed: Sequence[Row]) -> dict[str, Any]:
 def _open(path: Path) -> PackedFolder:
     folder, config = TensorFolder(path), read_config(path)
     settings = config["quantization_config"]
-    bits, layout = settings.get("bits"), settings.get("checkpoint_format", "gptq")
+    bits, name = settings.get("bits"), settings.get("checkpoint_format", settings.get("format", "gptq"))
+    layout = {text: layout for text, layout in _LAYOUTS.values()}.get(name) if type(name) is str else None
     if (
         type(bits) is not int
         or bits not in _BITS
-        or layout not in ("gptq", "gptq_v2")
+        or layout is None
         or settings.get("pack_dtype", "int32") != "int32"
     ):
         raise Refused(
-            f"GPTQ weights of {bits!r} bits in layout {layout!r} cannot be read here",
+            f"GPTQ weights of {bits!r} bits in layout {name!r} cannot be read here",
             where=str(path / "config.json"),
             fix="give the original model",
         )
-    ends = ".qweight"
-    modules = [name.removesuffix(ends) for name in folder.records if name.endswith(ends)]
-    packed = {f"{m}.weight": _packed(folder, m, bits, layout == "gptq_v2") for m in modules}
-    return PackedFolder(folder, config, packed)
-
-
-def _packed(folder: TensorFolder, module: str, bits: int, second: bool) -> Packed:
-    weight, scales = folder.record(f"{module}.qweight"), folder.record(f"{module}.scales")
-    ok = weight.dtype == "I32" and len(weight.shape) == 2 and scales.dtype in DENSE and len(scales.shape) == 2
-    if not ok or weight.shape[0] * 32 % bits or 0 in weight.shape + scales.shape:
-        raise BadFile(f"{module!r} is not laid out as GPTQ weights are", where=str(weight.path))
-    columns, out = weight.shape[0] * 32 // bits, weight.shape[1]
-    groups = scales.shape[0]
-    wanted: dict[str, Planned] = {
-        f"{module}.qzeros": ("I32", (groups, -(-out * bits // 32))),
-        f"{module}.scales": (scales.dtype, (groups, out)),
-    }
-    names = [f"{module}.{part}" for part in ("qweight", "qzeros", "scales")]
-    if f"{module}.g_idx" in folder.records:
-        wanted[f"{module}.g_idx"] = ("I32", (columns,))
-        names.append(f"{module}.g_idx")
-    check_parts(folder, wanted)
-    parts = partial(_read, folder, module, bits, second)
-    return Packed(
-        (out, columns),
-        tuple(names),
-        lambda: _dense(*parts()),
-        lambda: _stored(*parts(), bits, DENSE[scales.dtype]),
-    )
-
-
-def _read(
-    folder: TensorFolder, module: str, bits: int, second: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes ``out in``, scales and zero points ``out groups``, the group of each column.
-
-    A file that says version 1, is symmetric, and stores the middle itself is version 2 under the wrong name.
-    """
-    packed = folder.read(f"{module}.qweight").T.contiguous()
-    codes = unpack(packed, bits, packed.shape[1] * 32 // bits)
-    scale = folder.read(f"{module}.scales").to(torch.float32).T.contiguous()
-    stored = unpack(folder.read(f"{module}.qzeros"), bits, scale.shape[0]).T.to(torch.int32)
-    middle = 2 ** (bits - 1)
-    zero = stored if second or bool((stored == middle).all()) else (stored + 1) & (2**bits - 1)
-    groups, columns = scale.shape[1], codes.shape[1]
-    plain = torch.arange(columns, dtype=torch.int32) // -(-columns // groups)
-    index = folder.read(f"{module}.g_idx") if f"{module}.g_idx" in folder.records else plain
-    if int(index.min()) < 0 or int(index.max()) >= groups:
-        raise BadFile(f"{module}.g_idx points outside the {groups} groups", where=str(folder.path))
-    return codes, scale, zero.to(torch.float32), index
-
-
-def _dense(codes: Tensor, scale: Tensor, zero: Tensor, index: Tensor) -> Tensor:
-    chosen = index.to(torch.int64)
-    return (codes.to(torch.float32) - zero[:, chosen]) * scale[:, chosen]
-
-
-def _stored(
-    codes: Tensor, scale: Tensor, zero: Tensor, index: Tensor, bits: int, dtype: str
-) -> Quantized | None:
-    columns, groups = codes.shape[1], scale.shape[1]
-    if columns % groups or not torch.equal(
-        index, torch.arange(columns, dtype=torch.int32) // (columns // groups)
-    ):
-        return None
-    group = 0 if groups == 1 else columns // groups
-    shape = (codes.shape[0], columns)
-    if bool((zero == 2 ** (bits - 1)).all()):
-        return Quantized(Integer(bits, group, "sym", dtype), codes, {"scale": scale}, shape)
-    grid = Integer(bits, group, "asym", dtype, int(zero.min()) if zero.min() < 1 else 1)
-    return Quantized(grid, codes, {"scale": scale, "zero": zero.contiguous()}, shape)
+    said = Said(bits, group_said(settings, str(path / "config.json")), _BITS, bool(settings.get("dynamic")))
+    return PackedFolder(folder, config, open_words(folder, layout, said, integers))

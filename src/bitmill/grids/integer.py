@@ -221,3 +221,14 @@ class Integer(AffineGrid):
         if self.group == -1:
             return w.reshape(1, 1, -1)
         return w.reshape(w.shape[0], -1, self.group or w.shape[1])
+
+
+def integers(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, dtype: str) -> Quantized:
+    """The weight of these codes (uint8 ``out in``) and of the scales and zero points of a file (float32 ``out
+    groups``): symmetric where every zero point is the middle."""
+    columns, groups = codes.shape[1], scale.shape[1]
+    group, shape = (0 if groups == 1 else columns // groups), (codes.shape[0], columns)
+    if bool((zero == 2 ** (bits - 1)).all()):
+        return Quantized(Integer(bits, group, "sym", dtype), codes, {"scale": scale}, shape)
+    grid = Integer(bits, group, "asym", dtype, int(bool(zero.min() >= 1)))
+    return Quantized(grid, codes, {"scale": scale, "zero": zero}, shape)
