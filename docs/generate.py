@@ -27,7 +27,8 @@ from bitmill.cli.quantize import quantize
 from bitmill.cli.recipes import SENTENCE, recipes
 from bitmill.core import registry
 from bitmill.core.axes import Container, Grid
-from bitmill.recipe import KNOWN, ROLES, parse
+from bitmill.known import KNOWN
+from bitmill.recipe import ROLES, parse
 
 DOCS = Path(__file__).parent
 MADE = "<!-- Written by docs/generate.py from docstrings: edit those. -->"
@@ -100,7 +101,8 @@ def axis_page(axis: str) -> str:
         if issubclass(cls, Container):
             parts.append("Output: one file." if cls.single_file else "Output: a folder.")
         options = [f for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING]
-        if options and axis in ("transforms", "solvers"):
+        options = [f for f in options if axis != "containers" or f.type in ("int", "float", "bool", "str")]
+        if options and axis in ("transforms", "solvers", "containers"):
             parts.append("Options: " + ", ".join(f"`{f.name}={f.default}`" for f in options) + ".")
     parts.append(f"A new one is one new file in `src/bitmill/{axis}/`: the file's name is its public name.")
     return page(parts)

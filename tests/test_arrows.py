@@ -14,7 +14,7 @@ AXES = ("transforms", "grids", "solvers", "allocation", "containers")
 _BASE = {"core"}
 _NUMERIC = _BASE | {"numerics"}
 _FACTS = _NUMERIC | {"families", "checkpoint"}
-_PLANNED = _FACTS | {"recipe", "source", "calibrate", "forecast", *AXES}
+_PLANNED = _FACTS | {"known", "recipe", "source", "calibrate", "forecast", *AXES}
 _MILLED = _PLANNED | {"planning", "journal", "folding", "fitting", "account"}
 
 ARROWS: dict[str, set[str]] = {
@@ -31,7 +31,8 @@ ARROWS: dict[str, set[str]] = {
     "calibrate": _FACTS | {"run"},
     "containers": _FACTS | {"grids"},
     "source": _FACTS,
-    "recipe": _NUMERIC | {"allocation"},
+    "known": _NUMERIC | {"allocation"},
+    "recipe": _NUMERIC | {"allocation", "known"},
     "forecast": _BASE,
     "journal": _BASE,
     "planning": _PLANNED,

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from bitmill.checkpoint.patterns import patterns
 from bitmill.checkpoint.safetensors import SafetensorsFolder
+from bitmill.containers.awq import Awq
 from bitmill.containers.bitmill import Bitmill
 from bitmill.containers.compressed_tensors import CompressedTensors
 from bitmill.containers.gptq import Gptq
@@ -80,6 +81,26 @@ def test_gptq_words(source: SafetensorsFolder) -> None:
     assert words(parts["qzeros"]) == {0x810E7620}
     with pytest.raises((ValueError, RuntimeError)):
         packed(Gptq(), grid, codes, source, scale=torch.ones(32, 1), zero=zero - 1)
+
+
+def test_awq_words(source: SafetensorsFolder) -> None:
+    grid, codes = Integer(4, 0, "asym", "f16"), (torch.arange(32) % 8)[:, None].expand(32, 32)
+    zero = (torch.arange(32) % 8).float()[:, None]
+    parts = packed(Awq(), grid, codes, source, scale=torch.ones(32, 1), zero=zero)
+    assert words(parts["qweight"]) == words(parts["qzeros"]) == {0x75316420}
+    assert set(parts) == {"qweight", "qzeros"} and parts["qweight"].numel() == 32 * 4
+    sym = packed(Awq(), Integer(4, 0, "sym", "f16"), codes, source, scale=torch.ones(32, 1))
+    assert words(sym["qzeros"]) == {0x88888888}
+
+
+def test_gptq_version_two_words(source: SafetensorsFolder) -> None:
+    zero = torch.tensor([0.0, 3, 7, 8, 15, 1, 2, 9] * 4)[:, None]
+    codes, grid = torch.zeros(32, 32), Gptq(version=2).adapt(Integer(4, 0, "asym"), "f32")
+    assert isinstance(grid, Integer) and grid.zero_floor == 0
+    parts = packed(Gptq(version=2), grid, codes, source, scale=torch.ones(32, 1), zero=zero)
+    assert words(parts["qzeros"]) == {0x921F8730}
+    with pytest.raises(ValueError, match="not adapted"):
+        packed(Gptq(), grid, codes, source, scale=torch.ones(32, 1), zero=zero)
 
 
 def test_compressed_tensors_words(source: SafetensorsFolder) -> None:
@@ -164,6 +185,10 @@ def parsed(row: Row, grid: str) -> Row:
         (CompressedTensors(), "fp8-e5m2-channel", "> bitmill"),
         (CompressedTensors(), "int8-tensor-sym", "whole tensor"),
         (Gptq(), "int4-g32-fz", "> hqq"),
+        (Awq(), "int3-g32-asym", "> gptq"),
+        (Awq(), "int4-g32-fz", "-asym"),
+        (Awq(), "nvfp4", "> bitmill"),
+        (Awq(), "int4-g256-asym", "128"),
         (Gptq(), "int5-g32-sym", "2, 3, 4 or 8"),
         (Gptq(), "mxfp4", "> bitmill"),
     ],
@@ -234,8 +259,68 @@ def test_w8a8_and_fp8_with_activations(source: SafetensorsFolder, tmp_path: Path
     assert torch.equal(open_path(fp8.path).read(WEIGHT), tensors[WEIGHT].float() * 0.5)
 
 
+def test_settings_of_awq(source: SafetensorsFolder, tmp_path: Path) -> None:
+    found = settings_of(written(Awq(), source, "int4-channel-asym", tmp_path, o="bf16").path)
+    kept = [f"model.layers.{i}.self_attn.o_proj" for i in range(3)]
+    assert found == {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": -1,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": kept,
+    }
+
+
 @pytest.mark.parametrize(
-    "container", [CompressedTensors(), Gptq(), Bitmill()], ids=lambda c: type(c).__name__
+    ("changes", "said"),
+    [
+        ({"bits": 3}, "only 4 bits"),
+        ({"version": "gemv"}, "'gemv'"),
+        ({"group_size": 64}, "groups"),
+        ({"group_size": 0}, "no number of inputs"),
+        ({"group_size": "32"}, "no number of inputs"),
+    ],
+)
+def test_settings_of_awq_that_lie(
+    source: SafetensorsFolder, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    out = written(Awq(), source, "int4-g32-asym", tmp_path)
+    reconfigured(out.path, **changes)
+    with pytest.raises((BadFile, Refused), match=said):
+        open_path(out.path)
+
+
+def test_version_two_is_written_and_said(source: SafetensorsFolder, tmp_path: Path) -> None:
+    out = written(Gptq(version=2), source, "int4-g32-asym", tmp_path)
+    assert settings_of(out.path)["checkpoint_format"] == "gptq_v2"
+    again = open_path(out.path)
+    for name, quantized in out.quantized.items():
+        assert torch.equal(again.read(name).float(), quantized.dense())
+
+
+def test_the_same_integers_in_every_folder(source: SafetensorsFolder, tmp_path: Path) -> None:
+    """From one folder into another and a third: the same codes, scales and zero points."""
+    first = open_path(written(Awq(), source, "int4-g32-asym", tmp_path / "awq").path)
+    for container in (Gptq(version=2), CompressedTensors(), Awq()):
+        (tmp_path / type(container).__name__).mkdir()
+        for name in first.tensors:
+            found = first.stored(name)
+            if found is None:
+                continue
+            grid = container.adapt(found.grid, "f16")
+            assert isinstance(grid, Integer) and (grid.zero, grid.scale, grid.zero_floor) == (
+                "asym",
+                "f16",
+                0,
+            )
+            row = Row(name, "up", 0, found.shape, grid, True, "relabelled")
+            parts = container.pack(row, found, first)
+            assert {k: len(v) for k, v in parts.items()} == dict(container.slots(row, first))
+
+
+@pytest.mark.parametrize(
+    "container", [CompressedTensors(), Gptq(), Gptq(version=2), Awq(), Bitmill()], ids=repr
 )
 def test_parts_that_do_not_fit(container: Container, source: SafetensorsFolder, tmp_path: Path) -> None:
     out = written(container, source, "int4-g32-asym", tmp_path)

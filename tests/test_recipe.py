@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from bitmill.containers.gptq import Gptq
 from bitmill.core.errors import BadRecipe
-from bitmill.recipe import KNOWN, Call, parse
+from bitmill.known import KNOWN
+from bitmill.recipe import Call, parse
 
 
 @pytest.mark.parametrize("name", sorted(KNOWN))
@@ -24,6 +26,7 @@ def test_known_names_parse_in_any_case_and_round_trip(name: str) -> None:
         "nearest : mxfp4, dtype=bf16 > compressed-tensors",
         "nearest : Q4_K_M > gguf",
         r"nearest : Q4_K_M, embed=q8_0, /blk\.[0-3]\.ffn_(up|down)/=q6_k, /^(?:a:b>c,d=e)$/=f16, pure > gguf",
+        "gptq : int4-g128-asym > gptq(version=2)",
         "gptq(damp=0.1, order=natural) : int3-g128-sym, fallback=int8-channel-sym > compressed-tensors",
     ],
 )
@@ -105,3 +108,17 @@ def test_toml_files(tmp_path: Path) -> None:
         parse(str(path))
     with pytest.raises(BadRecipe):
         parse(str(tmp_path / "missing.toml"))
+
+
+def test_options_of_a_container() -> None:
+    recipe = parse("gptq : int4-g64-asym > gptq(version=2)")
+    assert recipe.container == "gptq" and recipe.make_container() == Gptq(version=2)
+    assert parse("gptq : int4-g64-asym > gptq").make_container() == Gptq()
+    for text, said in (
+        ("gptq(version=3)", "versions 1 and 2"),
+        ("gptq(versoin=2)", "did you mean 'version'"),
+        ("awq(version=2)", "takes none"),
+        ("gguf(split=3)", "no option 'split'"),
+    ):
+        with pytest.raises(BadRecipe, match=said.replace("(", ".")):
+            parse(f"nearest : int4-g64-asym > {text}")

@@ -26,6 +26,7 @@ from bitmill.core import registry
 from bitmill.core.axes import Container, Solver, Transform
 from bitmill.core.errors import BadRecipe
 from bitmill.core.types import Split
+from bitmill.known import KNOWN, PRESETS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -40,56 +41,6 @@ ROLES = ("embed", "head", "q", "k", "v", "o", "gate", "up", "down", "router", "l
 DTYPES = ("f32", "f16", "bf16")
 
 _OF_GGUF = ("split-max-size", "split-max-tensors", "pre-tokenizer")
-
-KNOWN: Mapping[str, str] = {
-    **{name.lower(): f"nearest : {name} > gguf" for name in Mixture.names()},
-    "f16": "nearest : f16 > gguf",
-    "bf16": "nearest : bf16 > gguf",
-    "w8a16": "nearest : int8-channel-sym > compressed-tensors",
-    "w4a16": "gptq : int4-g128-sym > compressed-tensors",
-    "w4a16-asym": "gptq : int4-g128-asym > compressed-tensors",
-    "w3a16": "gptq : int3-g128-sym > compressed-tensors",
-    "w2a16": "gptq : int2-g128-sym > compressed-tensors",
-    "gptq": "gptq : int4-g128-sym > gptq",
-    "gptq-int4": "gptq : int4-g128-sym > gptq",
-    "gptq-int4-g128": "gptq : int4-g128-sym > gptq",
-    "gptq-int4-g64": "gptq : int4-g64-sym > gptq",
-    "gptq-int4-g32": "gptq : int4-g32-sym > gptq",
-    "gptq-int3-g128": "gptq : int3-g128-sym > gptq",
-    "gptq-int2-g64": "gptq : int2-g64-sym > gptq",
-    "gptq-int8": "gptq : int8-g128-sym > gptq",
-    "awq": "awq + clip : int4-g128-asym > compressed-tensors",
-    "awq-gptq": "awq + gptq : int4-g128-asym > compressed-tensors",
-    "hqq": "hqq : int4-g64-fz > hqq",
-    "nf4": "nearest : nf4-b64-dq > bitsandbytes",
-    "fp4": "nearest : fp4-b64 > bitsandbytes",
-    "int8": "nearest : llm-int8 > bitsandbytes",
-    "llm-int8": "nearest : llm-int8 > bitsandbytes",
-    "fp8": "nearest : fp8-e4m3-channel > compressed-tensors",
-    "fp8-tensor": "nearest : fp8-e4m3-tensor > compressed-tensors",
-    "fp8-block": "nearest : fp8-e4m3-b128 > compressed-tensors",
-    "fp8-hf": "nearest : fp8-e4m3-b128 > fp8",
-    "fp8-deepseek": "nearest : fp8-e4m3-b128 > fp8",
-    "fp8-e5m2": "nearest : fp8-e5m2-tensor > fp8",
-    "mxfp8-hf": "nearest : mxfp8 > fp8",
-    "torchao-int8": "nearest : int8-channel-sym > torchao",
-    "torchao-fp8": "nearest : fp8-e4m3-channel > torchao",
-    "mxfp8": "nearest : mxfp8, dtype=bf16 > compressed-tensors",
-    "mxfp4": "gptq : mxfp4, dtype=bf16 > compressed-tensors",
-    "nvfp4": "gptq : nvfp4, dtype=bf16 > compressed-tensors",
-    "nvfp4a16": "gptq : nvfp4, dtype=bf16 > compressed-tensors",
-    "e8p": "hadamard + gptq : e8p > bitmill",
-    "hf-f32": "nearest : f32 > safetensors",
-    "hf-f16": "nearest : f16 > safetensors",
-    "hf-bf16": "nearest : bf16 > safetensors",
-}
-"""Names people already use, in lower case with ``-``, and the recipe each stands for."""
-
-
-PRESETS: Mapping[str, str] = {"best": "gptq(sweeps=4)", "fast": "nearest"}
-"""What stands before the colon in ``best : Q4_K_M``: the least loss that the project knows how to reach in
-the same bytes, and no calibration at all. What ``best`` means follows the evidence and may change."""
-
 
 _NOT_EVERYWHERE = (
     (r"\\[A-Z]", "llama.cpp puts patterns in lower case first, which turns a class like \\D into \\d"),
@@ -127,6 +78,7 @@ class Recipe:
         fallback: grid for a shape that the grid refuses; None refuses the plan.
         dtype: precision of what is kept and of scales; None follows the source.
         container: file layout.
+        container_options: what was set of it: ``gptq(version=2)``.
         tensors: types for tensors by llama.cpp's names, ``(("blk.0.ffn_", "q8_0"), …)``: regular
         expressions, searched in this order; the first that is found decides, after ``roles``.
         pure: whether a mixture gives every tensor its default type, embedding and head too.
@@ -142,6 +94,7 @@ class Recipe:
     solver: Call
     grid: str
     container: str
+    container_options: tuple[tuple[str, Value], ...] = ()
     roles: tuple[tuple[str, str], ...] = ()
     keep: tuple[str, ...] = ()
     fallback: str | None = None
@@ -177,7 +130,8 @@ class Recipe:
         options += [f"split-max-size={self.split_max_size}"] if self.split_max_size else []
         options += [f"split-max-tensors={self.split_max_tensors}"] if self.split_max_tensors else []
         options += [f"pre-tokenizer={self.pre_tokenizer}"] if self.pre_tokenizer else []
-        return f"{axes} : {', '.join([self.grid, *options])} > {self.container.replace('_', '-')}"
+        container = Call(self.container.replace("_", "-"), self.container_options)
+        return f"{axes} : {', '.join([self.grid, *options])} > {container}"
 
     @property
     def is_mixture(self) -> bool:
@@ -191,7 +145,7 @@ class Recipe:
     def make_container(self) -> Container:
         """The container, with its options."""
         cls = registry.member("containers", self.container)
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = dict(self.container_options)
         if self.split_max_size or self.split_max_tensors:
             options["split"] = Split(self.split_max_size, self.split_max_tensors)
         if self.pre_tokenizer is not None:
@@ -298,7 +252,8 @@ def _parse_line(text: str, known: Mapping[str, str]) -> Recipe:
     head, *options = _split(rest)
     grid = _grid_text(head, made)
     fields = _fields(options, patterns)
-    return Recipe(tuple(transforms), solver, grid, _container(container.strip(), grid), **fields)
+    layout = _container(container.strip(), grid)
+    return Recipe(tuple(transforms), solver, grid, layout.name, layout.options, **fields)
 
 
 def _fields(options: list[str], patterns: list[str]) -> dict[str, Any]:
@@ -458,16 +413,23 @@ def _is_grid(text: str) -> bool:
     return registry.find_grid(lowered) is not None or lowered in {n.lower() for n in Mixture.names()}
 
 
-def _container(text: str, grid: str) -> str:
+def _container(text: str, grid: str) -> Call:
     if text:
-        registry.member("containers", text)
-        return text.lower().replace("-", "_")
+        call = _call(text)
+        cls = registry.member("containers", call.name)
+        plain = {f.name for f in dataclasses.fields(cls) if f.type in ("int", "float", "bool", "str")}
+        for key, _ in call.options:
+            if key not in plain:
+                hint = _closest(key, sorted(plain)) if plain else "it takes none"
+                raise BadRecipe(f"{call.name.replace('_', '-')} has no option {key!r}", where=text, fix=hint)
+        make("containers", call)
+        return call
     if grid in Mixture.names():
-        return "gguf"
+        return Call("gguf")
     value = registry.parse_grid(grid)
     for name in ("gguf", "compressed_tensors", "bitsandbytes", "hqq", "bitmill"):
         if registry.member("containers", name)().refuses(value, "q", (256, 256)) is None:
-            return name
+            return Call(name)
     raise BadRecipe(f"no container holds {grid!r}", fix="name one after '>'")
 
 

@@ -11,7 +11,8 @@ from bitmill.cli import say
 from bitmill.cli.doctor import _within
 from bitmill.cli.progress import Teller
 from bitmill.core import registry
-from bitmill.recipe import KNOWN, parse
+from bitmill.known import KNOWN
+from bitmill.recipe import parse
 from tests.cli.command import Command
 
 

@@ -1,8 +1,8 @@
-"""Integers in 32-bit words under half-precision scales, inputs by outputs: how GPTQ and AWQ folders store them.
+"""Integers in 32-bit words under half-precision scales, inputs by outputs: GPTQ and AWQ folders.
 
-A weight ``out in`` is three tensors: ``qweight`` (codes), ``qzeros`` and ``scales``, both ``groups out``. GPTQ
-packs codes down the inputs and stores each input's group in ``g_idx``; AWQ packs them across the outputs, eight
-to a word, the even ones before the odd ones. Zero points are packed across the outputs by both.
+A weight ``out in`` is three tensors: ``qweight`` (codes), ``qzeros`` and ``scales``, both ``groups out``.
+GPTQ packs codes down the inputs and stores each input's group in ``g_idx``; AWQ packs them across the
+outputs, eight to a word, the even ones before the odd ones. Both pack zero points across the outputs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _WEIGHT = ".weight"
 _CODES = ".qweight"
 
 Hold = Callable[[Tensor, Tensor, Tensor, int, str], Quantized]
-"""Codes ``out in``, scales and zero points ``out groups``, bits, the scales' precision: the value they make."""
+"""Codes ``out in``, scales and zero points ``out groups``, bits, the scales' precision: what they make."""
 
 
 @dataclass(frozen=True)
@@ -142,12 +142,12 @@ def _packed(folder: TensorFolder, module: str, layout: WordLayout, said: Said, h
     bits = _bits(said, out, zeros.shape[1])
     if bits is None:
         raise BadFile(
-            f"{module}.qzeros has {zeros.shape[1]} words a group, which {out} outputs of {said.bits} bits do not",
+            f"{module}.qzeros has {zeros.shape[1]} words a group, and {out} codes of {said.bits} bits not",
             where=str(weight.path),
         )
     columns = weight.shape[0] if layout.across else weight.shape[0] * 32 // bits
-    group = _group(said, columns, groups)
-    if group is None:
+    group, indexed = _group(said, columns, groups), f"{module}.g_idx" in folder.records
+    if group is None or (columns % group and not indexed):
         raise BadFile(
             f"{module}.scales has {groups} groups, and {columns} inputs by {said.group} have not",
             where=str(weight.path),
@@ -158,7 +158,7 @@ def _packed(folder: TensorFolder, module: str, layout: WordLayout, said: Said, h
         f"{module}.qzeros": ("I32", (groups, packed_words(out, bits))),
         f"{module}.scales": (scales.dtype, (groups, out)),
     }
-    if f"{module}.g_idx" in folder.records:
+    if indexed:
         wanted[f"{module}.g_idx"] = ("I32", (columns,))
     check_parts(folder, wanted)
     parts = partial(_read, folder, module, layout, bits, (out, columns), group)

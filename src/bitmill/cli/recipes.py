@@ -37,7 +37,7 @@ def recipes(
     if name is not None:
         _one(name, json)
         return
-    from bitmill.recipe import KNOWN
+    from bitmill.known import KNOWN
 
     axes = _axes()
     if json:
@@ -92,7 +92,8 @@ def _one(name: str, json: bool) -> None:
     import sys
 
     from bitmill.core import registry
-    from bitmill.recipe import KNOWN, parse
+    from bitmill.known import KNOWN
+    from bitmill.recipe import Call, parse
 
     key = name.strip().lower()
     for axis in registry.AXES:
@@ -113,7 +114,7 @@ def _one(name: str, json: bool) -> None:
         "grid": recipe.grid,
         "roles": dict(recipe.roles),
         "keep": list(recipe.keep),
-        "container": recipe.container.replace("_", "-"),
+        "container": str(Call(recipe.container.replace("_", "-"), recipe.container_options)),
     }
     if json:
         say.emit(parts)

@@ -66,7 +66,7 @@ class Awq(Container):
         if not isinstance(grid, Integer):
             return f"it holds four-bit integers only, not {grid}; > bitmill holds anything"
         if grid.zero == "fz":
-            return "its zero points are whole numbers: say -asym, or write > bitmill"
+            return "its zero points are whole numbers: say -asym, or write > hqq"
         if grid.bits != _BITS:
             return f"it has four bits, not {grid.bits}: > gptq and > compressed-tensors have others"
         if grid.group not in _GROUPS:

@@ -92,8 +92,7 @@ class Gptq(Container):
         return None
 
     def adapt(self, grid: Grid, dtype: str) -> Grid:
-        """Scales are half precision. In version 1 a zero point of 0 cannot be stored as one less, so it starts
-        at 1."""
+        """Scales are half precision. In version 1 a zero point is stored as one less, so it starts at 1."""
         if not isinstance(grid, Integer) or grid.zero == "fz":
             return grid
         return replace(grid, scale="f16", zero_floor=int(grid.zero == "asym" and self.version == 1))
@@ -183,7 +182,7 @@ def _open(path: Path) -> PackedFolder:
     folder, config = TensorFolder(path), read_config(path)
     settings = config["quantization_config"]
     bits, name = settings.get("bits"), settings.get("checkpoint_format", settings.get("format", "gptq"))
-    layout = {text: layout for text, layout in _LAYOUTS.values()}.get(name) if type(name) is str else None
+    layout = dict(_LAYOUTS.values()).get(name) if type(name) is str else None
     if (
         type(bits) is not int
         or bits not in _BITS

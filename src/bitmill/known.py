@@ -1,0 +1,60 @@
+"""Names people already use, and the recipe each stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from bitmill.allocation.mixture import Mixture
+
+KNOWN: Mapping[str, str] = {
+    **{name.lower(): f"nearest : {name} > gguf" for name in Mixture.names()},
+    "f16": "nearest : f16 > gguf",
+    "bf16": "nearest : bf16 > gguf",
+    "w8a16": "nearest : int8-channel-sym > compressed-tensors",
+    "w4a16": "gptq : int4-g128-sym > compressed-tensors",
+    "w4a16-asym": "gptq : int4-g128-asym > compressed-tensors",
+    "w3a16": "gptq : int3-g128-sym > compressed-tensors",
+    "w2a16": "gptq : int2-g128-sym > compressed-tensors",
+    "gptq": "gptq : int4-g128-sym > gptq",
+    "gptq-int4": "gptq : int4-g128-sym > gptq",
+    "gptq-int4-g128": "gptq : int4-g128-sym > gptq",
+    "gptq-int4-g64": "gptq : int4-g64-sym > gptq",
+    "gptq-int4-g32": "gptq : int4-g32-sym > gptq",
+    "gptq-int3-g128": "gptq : int3-g128-sym > gptq",
+    "gptq-int2-g64": "gptq : int2-g64-sym > gptq",
+    "gptq-int8": "gptq : int8-g128-sym > gptq",
+    "gptq-v2": "gptq : int4-g128-asym > gptq(version=2)",
+    "awq": "awq + clip : int4-g128-asym > awq",
+    "awq-gemm": "awq + clip : int4-g128-asym > awq",
+    "awq-g64": "awq + clip : int4-g64-asym > awq",
+    "w4a16-awq": "awq + clip : int4-g128-asym > compressed-tensors",
+    "awq-gptq": "awq + gptq : int4-g128-asym > compressed-tensors",
+    "hqq": "hqq : int4-g64-fz > hqq",
+    "nf4": "nearest : nf4-b64-dq > bitsandbytes",
+    "fp4": "nearest : fp4-b64 > bitsandbytes",
+    "int8": "nearest : llm-int8 > bitsandbytes",
+    "llm-int8": "nearest : llm-int8 > bitsandbytes",
+    "fp8": "nearest : fp8-e4m3-channel > compressed-tensors",
+    "fp8-tensor": "nearest : fp8-e4m3-tensor > compressed-tensors",
+    "fp8-block": "nearest : fp8-e4m3-b128 > compressed-tensors",
+    "fp8-hf": "nearest : fp8-e4m3-b128 > fp8",
+    "fp8-deepseek": "nearest : fp8-e4m3-b128 > fp8",
+    "fp8-e5m2": "nearest : fp8-e5m2-tensor > fp8",
+    "mxfp8-hf": "nearest : mxfp8 > fp8",
+    "torchao-int8": "nearest : int8-channel-sym > torchao",
+    "torchao-fp8": "nearest : fp8-e4m3-channel > torchao",
+    "mxfp8": "nearest : mxfp8, dtype=bf16 > compressed-tensors",
+    "mxfp4": "gptq : mxfp4, dtype=bf16 > compressed-tensors",
+    "nvfp4": "gptq : nvfp4, dtype=bf16 > compressed-tensors",
+    "nvfp4a16": "gptq : nvfp4, dtype=bf16 > compressed-tensors",
+    "e8p": "hadamard + gptq : e8p > bitmill",
+    "hf-f32": "nearest : f32 > safetensors",
+    "hf-f16": "nearest : f16 > safetensors",
+    "hf-bf16": "nearest : bf16 > safetensors",
+}
+"""Names people already use, in lower case with ``-``, and the recipe each stands for."""
+
+
+PRESETS: Mapping[str, str] = {"best": "gptq(sweeps=4)", "fast": "nearest"}
+"""What stands before the colon in ``best : Q4_K_M``: the least loss that the project knows how to reach in
+the same bytes, and no calibration at all. What ``best`` means follows the evidence and may change."""
