@@ -6,6 +6,12 @@ from collections.abc import Mapping
 
 from bitmill.allocation.mixture import Mixture
 
+
+def _mlx(grid: str) -> str:
+    """As ``mlx_lm.convert`` does: embedding and head too."""
+    return f"nearest : {grid}, embed={grid}, head={grid} > mlx"
+
+
 KNOWN: Mapping[str, str] = {
     **{name.lower(): f"nearest : {name} > gguf" for name in Mixture.names()},
     "f16": "nearest : f16 > gguf",
@@ -30,6 +36,10 @@ KNOWN: Mapping[str, str] = {
     "w4a16-awq": "awq + clip : int4-g128-asym > compressed-tensors",
     "awq-gptq": "awq + gptq : int4-g128-asym > compressed-tensors",
     "hqq": "hqq : int4-g64-fz > hqq",
+    **{f"mlx-{bits}bit": _mlx(f"int{bits}-g64-bias") for bits in (2, 3, 4, 5, 6, 8)},
+    "mlx-mxfp4": _mlx("mxfp4"),
+    "mlx-mxfp8": _mlx("mxfp8"),
+    "mlx-nvfp4": _mlx("nvfp4-flat"),
     "nf4": "nearest : nf4-b64-dq > bitsandbytes",
     "fp4": "nearest : fp4-b64 > bitsandbytes",
     "int8": "nearest : llm-int8 > bitsandbytes",

@@ -81,7 +81,7 @@ class PackedFolder(InputCheckpoint):
                 facts.setdefault(owner, TensorFacts(owner, packed[owner].shape, packed[owner].dtype))
             elif record.dtype in DENSE:
                 facts[record.name] = TensorFacts(record.name, record.shape, DENSE[record.dtype])
-            elif record.dtype.startswith(("F8", "U8", "I32")):
+            elif record.dtype.startswith(("F8", "U8", "I32", "U32")):
                 raise BadFile(
                     f"tensor {record.name!r} ({record.dtype}) belongs to no weight that is described",
                     where=f"{record.path}: quantization_config",
