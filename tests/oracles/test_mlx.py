@@ -15,7 +15,7 @@ import pytest
 import torch
 from mlx.utils import tree_flatten
 from mlx_lm import convert, generate, load
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitmill.checkpoint.safetensors import SafetensorsFolder
 from bitmill.containers.mlx import Mlx
@@ -180,13 +180,22 @@ def test_the_plain_rule_is_mlx_s(bits: int, dtype: str) -> None:
 
 
 def test_the_embedded_model_speaks(tmp_path: Path) -> None:
-    """SmolLM2 in four bits, embedding too: the whole checkpoint, and words."""
+    """SmolLM2, embedding too: the whole checkpoint, its logits, and words."""
     source = open_source("smollm2")
-    grid = Mlx().adapt(parse_grid("int4-g64-bias"), "f32")
-    rows = rows_of(Mlx(), source, "f32", grid, {"embed": grid})
-    output = write(Mlx(), source, rows, tmp_path)
+    grid = Mlx().adapt(parse_grid("int8-g64-bias"), "f32")
+    output = write(Mlx(), source, rows_of(Mlx(), source, "f32", grid, {"embed": grid}), tmp_path)
     model, tokenizer = load(str(output.path))
     prompt = "The capital of France is"
     said = generate(model, tokenizer, prompt=prompt, max_tokens=8)
-    assert "Paris" in said, said
-    assert decoded(*layer(model, rows[0].name)).shape == rows[0].shape
+    ids = torch.tensor([tokenizer.encode(prompt)])
+    settings = {k: v for k, v in source.config.items() if k != "model_type"}
+    dense = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(source.config["model_type"], **settings)
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in dense.named_parameters():
+            parameter.copy_(output.quantized[name].dense())
+        wanted = dense(ids).logits
+        words = dense.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    assert distance(logits(model, ids), wanted) < DISTANCE
+    assert said.strip() and said.strip() == tokenizer.decode(words.tolist()).strip(), said
