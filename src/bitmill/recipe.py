@@ -427,7 +427,7 @@ def _container(text: str, grid: str) -> Call:
     if grid in Mixture.names():
         return Call("gguf")
     value = registry.parse_grid(grid)
-    for name in ("gguf", "compressed_tensors", "bitsandbytes", "hqq", "bitmill"):
+    for name in ("gguf", "compressed_tensors", "bitsandbytes", "hqq", "mlx", "bitmill"):
         if registry.member("containers", name)().refuses(value, "q", (256, 256)) is None:
             return Call(name)
     raise BadRecipe(f"no container holds {grid!r}", fix="name one after '>'")
