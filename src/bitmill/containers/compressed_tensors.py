@@ -112,7 +112,8 @@ def _unknown(grid: Grid) -> str | None:
     if isinstance(grid, Minifloat):
         if str(grid) in _SMALL or (grid.element == "e4m3" and grid.scaling in _STRATEGY):
             return None
-        return f"it has FP8 in E4M3 only, and {', '.join(_SMALL)}; > bitmill holds {grid}"
+        other = "> fp8 or > bitmill holds" if grid.element == "e5m2" else "> bitmill holds"
+        return f"it has FP8 in E4M3 only, and {', '.join(_SMALL)}; {other} {grid}"
     text = str(grid)
     if text.startswith("q"):
         return "K-quants and their kin live in GGUF files: write > gguf"

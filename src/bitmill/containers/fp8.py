@@ -2,7 +2,8 @@
 
 A weight and its ``weight_scale_inv``, which in spite of the name is what the stored numbers are multiplied
 by (DeepSeek-V3 technical report, arXiv 2412.19437, section 3.3). Without a GPU transformers decodes such a
-folder as it loads it; with one it multiplies in FP8. Activations are scaled as they come (``dynamic``).
+folder as it loads it. With one it multiplies in FP8, which rounds the inputs of layers to FP8 as they come
+(``activation_scheme`` dynamic): what is measured here is the weights alone.
 """
 
 from __future__ import annotations
