@@ -12,14 +12,15 @@ from torch import Tensor
 
 from bitmill.core import registry
 from bitmill.core.axes import AffineGrid, Grid, LevelGrid
-from bitmill.core.errors import Refused, Unsolvable
+from bitmill.core.errors import BadRecipe, Refused, Unsolvable
 from bitmill.core.types import Moments, Problem, Solution
 from bitmill.numerics.factor import upper_inverse_factor
 from bitmill.numerics.feedback import round_block
+from bitmill.recipe import parse
 from bitmill.solvers.gptq import Gptq, round_spans
 from bitmill.solvers.nearest import Nearest
 
-OUT, IN, TOKENS = 24, 256, 2048
+OUT, IN, TOKENS = 32, 256, 2048
 DAMP = 0.01
 
 
@@ -307,18 +308,26 @@ def test_refitting_needs_groups_of_their_own_that_stay_together():
         Gptq(refit=True)
     with pytest.raises(ValueError, match="order is"):
         Gptq(order="random")
-    solver, w, moments = Gptq(order="group", refit=True), _weight(), _moments()
-    for text in ("int4-g32-fz", "q4_k", "mxfp4", "nf4-b64", "int4-channel-sym", "int8-tensor-sym", "q4_0"):
-        grid = registry.parse_grid(text)
-        assert solver.refuses(grid) is None
-        assert torch.isfinite(
-            solver.solve([Problem("w", "q", w, moments)], [grid])[0].quantized.dense()
-        ).all()
-    for text in ("nvfp4", "nf4-b64-dq", "fp8-e4m3-b128"):
-        grid = registry.parse_grid(text)
-        assert "refit=false" in str(solver.refuses(grid))
-        with pytest.raises(ValueError, match="groups share"):
-            solver.solve([Problem("w", "q", w, moments)], [grid])
+    for text in ("nvfp4", "nf4-b64-dq", "fp8-e4m3-b128", "int4-r8-fz"):
+        assert "refit=false" in str(Gptq(order="group", refit=True).refuses(registry.parse_grid(text)))
+    with pytest.raises(ValueError, match="one group"):
+        _solve(registry.parse_grid("nvfp4"), _weight(), _moments(), order="natural", refit=True)
+    with pytest.raises(BadRecipe, match="order=group"):
+        parse("gptq(refit=true) : int4-g64-asym > gptq")
+
+
+@pytest.mark.parametrize("cls", registry.members("grids").values(), ids=registry.members("grids"))
+def test_every_grid_that_takes_refitting_keeps_what_it_stores(cls: type[Grid]):
+    solver, moments = Gptq(order="group", refit=True), _moments()
+    w = _weight(out=16)
+    for grid in cls.examples():
+        if solver.refuses(grid) is None and grid.refuses(tuple(w.shape)) is None:
+            quantized = solver.solve([Problem("w", "q", w, moments)], [grid])[0].quantized
+            value = quantized.dense()
+            assert torch.isfinite(value).all()
+            assert _loss(value - w, moments) < _loss(w, moments)
+            again = grid.decode(grid.encode(value, quantized.params), quantized.params)
+            assert torch.equal(again, value)
 
 
 def _drifted(seed: int = 0) -> tuple[Moments, Tensor, Tensor]:

@@ -43,7 +43,9 @@ class Gptq(CalibratedSolver):
             be scattered over the columns, and the file would need an index of them (``g_idx``).
         asymmetric: share of the difference between this input and the original model's that the weight makes
             up for, 0 to 1 (Li et al., "GPTAQ", arXiv 2504.02692, whose code takes 0.25). The original model
-            runs along for it: twice the activations, and half as much time again.
+            runs along for it: twice the activations, and half as much time again. On SmolLM2's first ten
+            blocks and 4,096 tokens it lowers the error of hidden states (at 4 bits by an eighth), and the
+            divergence at 3 bits on text like the calibration's only: measure before you keep it.
         sequential: whether a block's later weights see the errors of its earlier ones ("true sequential"),
             where memory allows; if not, every weight sees the inputs of the block as it was.
         block: columns between two updates of all that follow.
@@ -77,7 +79,7 @@ class Gptq(CalibratedSolver):
     def refuses(self, grid: Grid) -> str | None:
         """Every grid will do; ``refit`` wants parameters that belong to single groups."""
         if self.refit and not _apart(grid):
-            return f"{grid} has parameters that groups share: refit=false"
+            return f"{grid} has parameters that are not of one group in one row: refit=false"
         return None
 
     def prefers(self, text: str) -> str:
@@ -187,6 +189,8 @@ def _apart(grid: Grid) -> bool:
     group = grid.block[1]
     if not group:
         return True
+    if grid.refuses((PROBE, 2 * group)) is not None:  # rows that share parameters
+        return False
     probe = torch.linspace(-1, 1, 2 * group * PROBE).reshape(PROBE, 2 * group)
     whole, half = grid.fit(probe), grid.fit(probe[:, :group].contiguous())
     return all(
