@@ -337,7 +337,7 @@ def _drifted(seed: int = 0) -> tuple[Moments, Tensor, Tensor]:
     x = torch.randn(TOKENS, IN, generator=rng) @ mix + 0.05 * torch.randn(TOKENS, IN, generator=rng)
     original = x + 0.1 * x @ (torch.randn(IN, IN, generator=rng) / IN**0.5) + 0.01
     cross = (original - x).T @ x
-    told = Moments(TOKENS, x.square().sum(0), x.abs().sum(0), x.abs().amax(0), x.T @ x, cross)
+    told = Moments(TOKENS, x.square().sum(0), x.abs().sum(0), x.abs().amax(0), x.T @ x, cross=cross)
     return told, x.double(), original.double()
 
 
