@@ -69,6 +69,6 @@ def test_text_is_generated(tmp_path: Path) -> None:
     quantize("smollm2", "hqq", tmp_path / "out")
     model = loaded(tmp_path / "out", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    ids = tokenizer("The capital of France is", return_tensors="pt")
-    text = tokenizer.decode(model.generate(**ids, max_new_tokens=6, do_sample=False)[0])
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    text = tokenizer.decode(model.generate(ids, max_new_tokens=6, do_sample=False)[0])
     assert "Paris" in text
