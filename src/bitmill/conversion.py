@@ -10,35 +10,36 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from bitmill.checkpoint.stored_types import type_of
 from bitmill.core import registry
-from bitmill.core.axes import AffineGrid, Checkpoint, Container, Grid, VectorGrid, torch_dtype, total_bytes
+from bitmill.core.axes import (
+    Checkpoint,
+    Container,
+    Grid,
+    InputContainer,
+    inputs_of,
+    total_bytes,
+)
 from bitmill.core.errors import BadRecipe, Refused
-from bitmill.core.types import FileImage, Quantized, Row, TensorFacts
+from bitmill.core.types import FileImage, Row, TensorFacts
 from bitmill.families.base import LINEAR_ROLES, Family, describe
 from bitmill.forecast import BASE_BYTES
 from bitmill.grids.dense import Dense
-from bitmill.grids.integer import Integer
 from bitmill.planning import MATRIX, Plan, plan, refuse_folder
 from bitmill.recipe import Call, Recipe, parse
-from bitmill.relabel import equivalents, relabelled
+from bitmill.relabel import relabelled
+from bitmill.substitutes import dense_grid, dense_only, lays_out, nearest_first, same_grid, why_not
 
 AS_STORED = "as-stored"
 """Stands for the grid in the name of a conversion that keeps what is stored."""
 VERB = "convert"
-MORE = 1.1  # bits of the closest grid, at most, times those of the stored one or of the next width there is
-_WIDTHS = (2, 3, 4, 8)  # of integers that kernels exist for
 _GROWN = 1.05
-_SAMPLE = 32  # rows of a weight that choose it
 _RATE = 60e6  # weights a second that are read, compared and written
 
 
@@ -123,11 +124,16 @@ def plan_conversion(
     if lost and not requantize:
         raise _refused(wanted, container, source, chosen, lost, [f for f in found if f.stored])
     closest = _closest_grids(source, container, chosen, found, lost)
-    rows = tuple(_row(f, chosen, closest) for f in found)
+    rows, unsaid = _with_inputs([_row(f, chosen, closest) for f in found], container, source)
     recipe = replace(wanted, solver=call, dtype=dtype)
     rows, files = _laid_out(rows, found, recipe, container, source, chosen)
-    remarks = [*_dtype_remarks(asked, chosen, found), *_growth(rows, source), *_losses(closest, lost)]
-    return _made(recipe, family, rows, files, container, source, chosen, tuple(remarks), out)
+    remarks = [
+        *_dtype_remarks(asked, chosen, found),
+        *_growth(rows, source),
+        *_losses(closest, lost),
+        *unsaid,
+    ]
+    return _made(recipe, family, rows, files, container, source, chosen, (*remarks, *unsaid), out)
 
 
 def kept_dtype(source: Checkpoint) -> str:
@@ -143,6 +149,12 @@ def _on_named_grids(wanted: Recipe, source: Checkpoint, out: Path | None, dtype:
     """A conversion to grids that were named: rows of that recipe, said to be exact where they are."""
     recipe = replace(wanted, dtype=dtype or kept_dtype(source))
     made = plan(replace(recipe, solver=Call("nearest")), source, out, nsamples=0, seqlen=0)
+    if made.needs != "nothing":
+        raise Refused(
+            "this recipe has to see the inputs of weights, and a conversion runs no model",
+            where=str(wanted),
+            fix="bitmill quantize MODEL RECIPE -o OUT, from the original model",
+        )
     rows = []
     for row in made.rows:
         stored = source.stored(row.name)
@@ -152,9 +164,11 @@ def _on_named_grids(wanted: Recipe, source: Checkpoint, out: Path | None, dtype:
         exact = isinstance(row.grid, Dense) or relabelled(stored, row.grid) is not None
         was = str(stored.grid)
         rows.append(replace(row, why=_said(was, row.grid) if exact else f"requantized from {was}"))
-    files = made.container.files(made.rows, source, _provenance(recipe, source))
+    told, lost = _with_inputs(made.rows, made.container, source)
+    rows = [replace(row, inputs=one.inputs) for row, one in zip(rows, told, strict=True)]
+    files = made.container.files(told, source, _provenance(recipe, source))
     remarks = [r for r in made.remarks if not r.startswith("the source is quantized already")]
-    remarks += _growth(rows, source)
+    remarks += [*_growth(rows, source), *lost]
     return _made(
         recipe, made.family, tuple(rows), files, made.container, source, made.dtype, tuple(remarks), out
     )
@@ -171,65 +185,15 @@ def _find(
     kind = type_of(source, facts.name)
     if kind == facts.dtype:
         read = partial(source.read, facts.name)
-        return _Found(row, "", {d: _dense(container, role, d, kind, read) for d in dtypes})
+        return _Found(row, "", {d: dense_grid(container, role, d, kind, read) for d in dtypes})
     row = replace(row, solved=role in LINEAR_ROLES and layer is not None)
     stored = source.stored(facts.name)
     said = kind if stored is None else str(stored.grid)
-    grids = {d: _same(stored, container, role, d) if stored is not None else None for d in dtypes}
-    if None in grids.values() and (not row.solved or _dense_only(container, row)):
+    grids = {d: same_grid(stored, container, role, d) if stored is not None else None for d in dtypes}
+    if None in grids.values() and (not row.solved or dense_only(container, row.role)):
         read = partial(source.read, facts.name)
-        grids = {d: g or _dense(container, role, d, kind, read) for d, g in grids.items()}
-    return _Found(row, said, grids, _why_not(stored, container, row, dtypes[0]))
-
-
-def _dense_only(container: Container, row: Row) -> bool:
-    """Whether a container quantizes nothing, so that decoding is what was asked for."""
-    cheap = (
-        grid for cls in registry.grid_families() for grid in cls.examples() if not isinstance(grid, Dense)
-    )
-    return all(container.refuses(grid, row.role, (256, 256)) for grid in cheap)
-
-
-def _dense(container: Container, role: str, dtype: str, held: str, read: Callable[[], Tensor]) -> Grid | None:
-    """The dense grid of a tensor that is kept or decoded, when it holds the values; a file in which each
-    tensor has a type of its own may go back to single precision."""
-    for name in (container.default_grid(dtype, role), *(["f32"] if container.single_file else [])):
-        if name in (held, "f32"):
-            return Dense(name)
-        values = read()
-        if torch.equal(values.to(torch_dtype(name)).to(torch.float32), values.to(torch.float32)):
-            return Dense(name)
-    return None
-
-
-def _same(stored: Quantized, container: Container, role: str, dtype: str) -> Grid | None:
-    """The smallest grid of the container with the very same values, the stored one before any other."""
-    known = [stored.grid, *sorted(equivalents(stored.grid), key=lambda g: g.storage_bits(stored.shape))]
-    for grid in _allowed(known, container, role, stored.shape, dtype):
-        if relabelled(stored, grid) is not None:
-            return grid
-    return None
-
-
-def _allowed(
-    grids: Sequence[Grid], container: Container, role: str, shape: tuple[int, ...], dtype: str
-) -> Iterator[Grid]:
-    """Grids as the container settles them, as far as it and the shape allow; each once."""
-    seen = set()
-    for grid in grids:
-        settled = container.adapt(grid, dtype)
-        if settled in seen or settled.refuses(shape) or container.refuses(settled, role, shape):
-            continue
-        seen.add(settled)
-        yield settled
-
-
-def _why_not(stored: Quantized | None, container: Container, row: Row, dtype: str) -> str:
-    if stored is None:
-        return "no grid describes how its columns are laid out"
-    settled = container.adapt(stored.grid, dtype)
-    refused = container.refuses(settled, row.role, row.shape)
-    return refused or f"its scales, zero points or codes are not all those of {settled}"
+        grids = {d: g or dense_grid(container, role, d, kind, read) for d, g in grids.items()}
+    return _Found(row, said, grids, why_not(stored, container, row, dtypes[0]))
 
 
 def _said(stored: str, grid: Grid) -> str:
@@ -264,15 +228,15 @@ def _closest_grids(
     for one in lost:
         if _class(one) in chosen:
             continue
-        if not one.row.solved or _dense_only(container, one.row):
+        if not one.row.solved or dense_only(container, one.row.role):
             chosen[_class(one)] = Dense(container.default_grid(dtype, one.row.role))
             continue
-        for grid in _nearest_first(source, one.row, container, dtype):
+        for grid in nearest_first(source, one.row, container, dtype):
             rows = [
                 replace(r, grid=grid) if _class(f) == _class(one) else r
                 for f, r in zip(found, kept, strict=True)
             ]
-            if _lays_out(container, rows, source):
+            if lays_out(container, rows, source):
                 chosen[_class(one)] = grid
                 break
         else:
@@ -280,39 +244,24 @@ def _closest_grids(
     return chosen
 
 
-def _lays_out(container: Container, rows: Sequence[Row], source: Checkpoint) -> bool:
-    try:
-        return bool(container.files(rows, source, {}))
-    except Refused:
-        return False
-
-
-def _nearest_first(source: Checkpoint, row: Row, container: Container, dtype: str) -> list[Grid]:
-    """The container's grids by squared error for the first rows of a stored weight; evenly spaced ones where
-    that is."""
-    stored = source.stored(row.name)
-    weight = source.read(row.name)[:_SAMPLE].to(torch.float32)
-    shape = (row.shape[0], row.shape[1])
-    bits = 16 * math.prod(shape) if stored is None else stored.bits
-    pool = [
-        grid for cls in registry.grid_families() for grid in cls.examples() if not isinstance(grid, Integer)
+def _with_inputs(
+    rows: Sequence[Row], container: Container, source: Checkpoint
+) -> tuple[tuple[Row, ...], list[str]]:
+    """The rows with what the source says of rounding their inputs; a remark where the file cannot say it."""
+    told, left, made = inputs_of(source), Counter[str](), []
+    for row in rows:
+        grid = told[row.name].grid if row.name in told and row.inputs is None else None
+        if grid is not None:
+            able = isinstance(container, InputContainer) and not container.refuses_inputs(row.grid, grid)
+            left.update([] if able else [str(grid)])
+            row = replace(row, inputs=grid) if able else row
+        made.append(row)
+    remarks = [
+        f"the inputs of {n} weights are rounded to {grid} in the source; this output does not say so, and "
+        "its readers leave them as they are"
+        for grid, n in left.most_common()
     ]
-    known = stored.grid if stored is not None and isinstance(stored.grid, Integer) else Integer()
-    groups = dict.fromkeys((known.group, 0, 128, 64, 32))
-    pool += [Integer(b, g, zero) for b in _WIDTHS for g in groups for zero in ("sym", "asym")]
-    usable = [
-        grid
-        for grid in _allowed(pool, container, row.role, row.shape, dtype)
-        if not isinstance(grid, Dense | VectorGrid)
-    ]
-    alike = [grid for grid in usable if isinstance(grid, AffineGrid)]
-    even = stored is None or isinstance(stored.grid, AffineGrid)
-    sizes = {grid: grid.storage_bits(shape) for grid in (alike if even and alike else usable)}
-    whole = bits // math.prod(shape) * math.prod(shape)  # whole bits a weight: nothing narrower is close
-    least = min((size for size in sizes.values() if size >= whole), default=max(sizes.values(), default=0))
-    near = [grid for grid in sizes if sizes[grid] <= MORE * max(bits, least)]
-    errors = {grid: float((grid.round(weight).dense() - weight).square().sum()) for grid in near}
-    return sorted(near, key=lambda grid: (errors[grid], sizes[grid]))
+    return tuple(made), remarks
 
 
 def _refused(
@@ -335,7 +284,7 @@ def _refused(
             where=first.row.name,
             fix=f"{'--dtype f32 keeps all; ' if wide else ''}--requantize rounds, and says what that costs",
         )
-    near = _nearest_first(source, first.row, container, dtype)
+    near = nearest_first(source, first.row, container, dtype)
     offer = (
         f"--requantize puts them on the closest grid, here {near[0]}, and says what that costs; "
         if near

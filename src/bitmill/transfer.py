@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from bitmill.account import Report
 from bitmill.conversion import plan_conversion, target
-from bitmill.core.axes import Checkpoint, Container
+from bitmill.core.axes import Checkpoint, Container, inputs_of
 from bitmill.core.errors import Refused, Unsolvable
-from bitmill.core.types import Note, Quantized, Row
+from bitmill.core.types import Inputs, Note, Quantized, Row
 from bitmill.grids.dense import Dense
 from bitmill.journal import Boundary, Workspace
 from bitmill.mill import carry_out, refuse_existing
@@ -60,6 +60,7 @@ class Transfer:
 
     def __post_init__(self) -> None:
         self.container: Container = self.plan.container
+        self.inputs: Mapping[str, Inputs] = inputs_of(self.stored)
 
     def run(self, identity: Mapping[str, Any], done: Sequence[Mapping[str, Any]], started: float) -> Report:
         """Every unit that is not done yet; the report of all of them."""
@@ -99,14 +100,16 @@ class Transfer:
             Unsolvable: something else was written; the output never appears.
         """
         written = self.container.open(self.space.payload)
+        told = inputs_of(written)
         for at, row in enumerate(self.plan.rows):
             self.tell("verify", at, len(self.plan.rows), row.name)
-            if row.name in self.tensors or not self.container.slots(row, self.source):
+            if not self.container.slots(row, self.source):
                 continue
-            wanted, found = self._from(row).read(row.name), written.read(row.name)
+            found = written.read(row.name)
+            wanted = found if row.name in self.tensors else self._from(row).read(row.name)
             if self.given is not None and isinstance(row.grid, Dense):
                 wanted = row.grid.round(wanted).codes
-            if not _alike(wanted, found, row):
+            if not _alike(wanted, found, row) or not _told(row, self.inputs, told):
                 raise Unsolvable(
                     "what was written does not read back as what is stored in the source",
                     where=f"{row.name} in {self.plan.recipe.container}",
@@ -169,6 +172,8 @@ class Transfer:
         }  # fmt: skip
 
     def _write(self, row: Row, quantized: Quantized) -> None:
+        if row.inputs is not None and row.name in self.inputs:
+            quantized = replace(quantized, inputs=self.inputs[row.name].fixed)
         for slot, data in self.container.pack(row, quantized, self.source).items():
             self.space.write(slot, data)
 
@@ -255,6 +260,16 @@ def carry_over(
     space = Workspace(out, made.files, not made.files[0].path, boundary)
     job = Transfer(made, source, space, tell, source, loses)
     return carry_out(job, made.identity(), started, force=force, resume=resume)
+
+
+def _told(row: Row, wanted: Mapping[str, Inputs], found: Mapping[str, Inputs]) -> bool:
+    """Whether a file says of rounding a linear's inputs what it should."""
+    if row.inputs is None or row.name not in found:
+        return row.inputs is None and row.name not in found
+    one = wanted[row.name].fixed if row.name in wanted else {}
+    other = found[row.name]
+    same = other.grid == row.inputs and set(one) == set(other.fixed)
+    return same and all(torch.equal(one[k].flatten(), other.fixed[k].flatten()) for k in one)
 
 
 def _alike(wanted: Tensor, found: Tensor, row: Row) -> bool:
