@@ -11,6 +11,7 @@ import torch
 
 import bitmill
 from bitmill import mill
+from bitmill.conversion import writable
 from bitmill.core.errors import BadRecipe, Interrupted, Refused
 from bitmill.core.registry import find_grid, parse_grid
 from bitmill.relabel import equivalents, relabelled, same_values
@@ -26,6 +27,7 @@ PAIRS = [
     ("int4-channel-sym", "int4-g64-sym"),
     ("int4-tensor-asym", "int4-channel-asym"),
     ("int3-g64-asym", "int4-g64-asym"),
+    ("int4-g64-asym", "int4-g64-fz"),
     ("int4-g64-sym", "q4_0"),
     ("int4-g64-asym", "q5_0"),
     ("int5-g32-sym", "q5_0"),
@@ -48,6 +50,7 @@ NEVER = [
     ("int4-g64-asym", "int4-g128-asym"),
     ("int4-g64-asym", "q4_0"),
     ("int4-g64-fz", "int4-g64-asym"),
+    ("int4-g64-fz", "q5_0"),
     ("q5_1", "q4_1"),
     ("q4_k", "q5_k"),
     ("nvfp4", "mxfp4"),
@@ -149,6 +152,39 @@ def test_every_value_is_the_same_in_the_other_container(
     written = sum(p.stat().st_size for p in (out.rglob("*") if out.is_dir() else [out]) if p.is_file())
     sidecar = (out / "bitmill-report.json").stat().st_size if out.is_dir() else 0
     assert written - sidecar == report.bytes_
+
+
+SOURCES = {
+    "gptq": "nearest : int4-g64-asym > gptq",
+    "rows-of-eight-bits": "nearest : int8-channel-sym > compressed-tensors",
+    "fp8": "nearest : fp8-e4m3-b128 > compressed-tensors",
+    "mxfp4.gguf": "nearest : mxfp4, embed=q6_k > gguf",
+    "q4_0.gguf": "nearest : q4_0 > gguf",
+    "nf4": "nearest : nf4-b64-dq > bitsandbytes",
+    "torchao": "nearest : int4-g64-asym > torchao",
+    "hqq": "nearest : int4-g64-fz > hqq",
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_from_anywhere_to_anywhere_all_values_are_kept_or_it_is_refused(name: str, tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 1, "hidden_size": 256, "head_dim": 64}
+    model = make_model(tmp_path / "model", dtype="bfloat16", **sizes)
+    mill.quantize(str(model), SOURCES[name], tmp_path / name)
+    before, exact = open_source(str(tmp_path / name)), []
+    for container in writable():
+        out = tmp_path / "out" / f"{container}{'.gguf' if container == 'gguf' else ''}"
+        try:
+            bitmill.convert(before, container, out)
+        except Refused as refusal:
+            assert "--requantize" in str(refusal) and not out.exists()
+            continue
+        after = open_source(str(out))
+        for tensor in before.tensors:
+            assert torch.equal(before.read(tensor).float(), after.read(tensor).float()), (container, tensor)
+        exact.append(container)
+    home = SOURCES[name].rpartition("> ")[2].replace("-", "_")
+    assert {home, "bitmill", "safetensors"} <= set(exact)
 
 
 def test_there_and_back_is_the_same_file_but_for_its_provenance(folder: Path, tmp_path: Path) -> None:

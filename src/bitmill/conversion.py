@@ -16,6 +16,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+from bitmill.checkpoint.read_only import ReadOnly
 from bitmill.checkpoint.stored_types import type_of
 from bitmill.core import registry
 from bitmill.core.axes import (
@@ -60,6 +61,13 @@ class _Found:
     why: str = ""
 
 
+def writable() -> tuple[str, ...]:
+    """Names of the containers that can be converted to."""
+    return tuple(
+        name for name, cls in registry.members("containers").items() if not issubclass(cls, ReadOnly)
+    )
+
+
 def target(text: str) -> Recipe:
     """What to convert to: a container's name keeps what is stored; a recipe names grids as well.
 
@@ -70,7 +78,7 @@ def target(text: str) -> Recipe:
     if name in registry.names("containers"):
         return Recipe((), Call(VERB), AS_STORED, name)
     if name not in ("f32", "f16", "bf16") and ":" not in text and ">" not in text:
-        known = ", ".join(n.replace("_", "-") for n in registry.names("containers"))
+        known = ", ".join(n.replace("_", "-") for n in writable())
         try:
             recipe = parse(text)
         except BadRecipe as error:

@@ -109,15 +109,14 @@ def _integers(bits: int, group: int) -> tuple[Integer, ...]:
         Integer(wide, g, zero)
         for wide in range(bits, _MOST_BITS + 1)
         for g in groups
-        for zero in ("sym", "asym")
+        for zero in ("sym", "asym", "fz")
     )
 
 
 def _by_rows(quantized: Quantized) -> bool:
+    """Whether rows have nothing in common, so that some of them decode alone."""
     out = quantized.shape[0]
-    return all(p.dim() == 0 or p.shape[0] == out for p in quantized.params.values()) and (
-        out > 1 or not quantized.params
-    )
+    return quantized.grid.block[0] == 1 and all(p.shape[:1] == (out,) for p in quantized.params.values())
 
 
 def _part(quantized: Quantized, index: Tensor) -> Tensor:
@@ -173,7 +172,7 @@ def _stepped(steps: _Steps, grid: Grid, shape: tuple[int, int]) -> Quantized | N
     if grid.zero == "sym":
         zero = torch.full_like(zero, 2.0 ** (grid.bits - 1))
     least, most = (-low).clamp(min=grid.zero_floor), (top - high).clamp(max=top)
-    if grid.zero == "asym":
+    if grid.zero != "sym":
         zero = torch.minimum(torch.maximum(zero, least.to(zero.dtype)), most.to(zero.dtype))
     if bool((zero < -low).any()) or bool((zero > top - high).any()) or bool((zero < grid.zero_floor).any()):
         return None
@@ -184,7 +183,7 @@ def _stepped(steps: _Steps, grid: Grid, shape: tuple[int, int]) -> Quantized | N
     codes = steps.levels.reshape(shape[0], zero.shape[1] if grid.group != -1 else 1, -1)
     codes = (codes + zero.to(torch.int16)[..., None]).to(torch.uint8).reshape(shape)
     params = {"scale": scale.contiguous(), "zero": zero.contiguous()}
-    return Quantized(grid, codes, params if grid.zero == "asym" else {"scale": params["scale"]}, shape)
+    return Quantized(grid, codes, params if grid.zero != "sym" else {"scale": params["scale"]}, shape)
 
 
 def _block_type(

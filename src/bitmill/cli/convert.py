@@ -127,9 +127,9 @@ def _goal(goal: str, out: Path | None, to: str | None) -> tuple[str, Path]:
                 f"{goal!r} and --to {to!r} are two answers to one question", fix="leave out one of them"
             )
         return goal, out
-    from bitmill.core.registry import names
+    from bitmill.conversion import writable
 
-    known = [name.replace("_", "-") for name in names("containers")]
+    known = [name.replace("_", "-") for name in writable()]
     if goal.lower().replace("_", "-") in known or " > " in goal:
         raise Refused(
             "no output is named", fix=f"-o OUT, or the output's path first: convert MODEL OUT --to {goal!r}"
