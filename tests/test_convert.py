@@ -112,7 +112,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, recipe in {
         "gptq": "nearest : int4-g32-asym > gptq",
         "gptq-sym": "nearest : int4-g32-sym > gptq",
-        "ct": "nearest : int4-g32-asym-z1 > compressed-tensors",
+        "awq": "nearest : int4-g32-asym > awq",
         "ct-sym": "nearest : int4-g32-sym > compressed-tensors",
         "q4.gguf": "nearest : q4_0, embed=f16 > gguf",
         "k.gguf": "nearest : q4_0, embed=f16, down=q6_k > gguf",
@@ -125,6 +125,12 @@ EXACT = [
     ("gptq", "compressed-tensors", "int4-g32-asym-sf16"),
     ("gptq-sym", "compressed-tensors", "int4-g32-sym-sf16"),
     ("ct-sym", "gptq", "int4-g32-sym-sf16"),
+    ("gptq", "awq", "int4-g32-asym-sf16"),
+    ("gptq-sym", "awq", "int4-g32-sym-sf16"),
+    ("awq", "gptq", "int4-g32-asym-sf16-z1"),
+    ("awq", "compressed-tensors", "int4-g32-asym-sf16"),
+    ("awq", "gguf", "q5_0"),
+    ("ct-sym", "awq", "int4-g32-sym-sf16"),
     ("gptq", "bitmill", "int4-g32-asym-sf16-z1"),
     ("gptq", "gguf", "q5_0"),
     ("gptq-sym", "gguf", "q4_0"),
@@ -187,16 +193,18 @@ def test_from_anywhere_to_anywhere_all_values_are_kept_or_it_is_refused(name: st
     assert {home, "bitmill", "safetensors"} <= set(exact)
 
 
-def test_there_and_back_is_the_same_file_but_for_its_provenance(folder: Path, tmp_path: Path) -> None:
-    bitmill.convert(str(folder / "gptq-sym"), "compressed-tensors", tmp_path / "there")
-    bitmill.convert(str(tmp_path / "there"), "gptq", tmp_path / "back")
-    before, after = open_source(str(folder / "gptq-sym")), open_source(str(tmp_path / "back"))
+@pytest.mark.parametrize("one", ["gptq-sym", "gptq"])
+def test_there_and_back_is_the_same_codes_and_scales(one: str, folder: Path, tmp_path: Path) -> None:
+    bitmill.convert(str(folder / one), "compressed-tensors", tmp_path / "there")
+    bitmill.convert(str(tmp_path / "there"), "awq", tmp_path / "on")
+    bitmill.convert(str(tmp_path / "on"), "gptq", tmp_path / "back")
+    before, after = open_source(str(folder / one)), open_source(str(tmp_path / "back"))
     for name in before.tensors:
-        one, other = before.stored(name), after.stored(name)
-        assert (one is None) == (other is None)
-        if one is not None and other is not None:
-            assert one.grid == other.grid and torch.equal(one.codes, other.codes)
-            assert all(torch.equal(one.params[key], other.params[key]) for key in one.params)
+        first, last = before.stored(name), after.stored(name)
+        assert (first is None) == (last is None)
+        if first is not None and last is not None:
+            assert first.grid == last.grid and torch.equal(first.codes, last.codes)
+            assert all(torch.equal(first.params[key], last.params[key]) for key in first.params)
 
 
 def test_a_loss_is_refused_named_and_priced_where_it_is_asked_for(folder: Path, tmp_path: Path) -> None:

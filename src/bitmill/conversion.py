@@ -75,8 +75,8 @@ def target(text: str) -> Recipe:
         BadRecipe: it is neither, or a recipe that only ``bitmill quantize`` can follow.
     """
     name = text.strip().lower().replace("-", "_").removeprefix(">").strip()
-    if name in registry.names("containers"):
-        return Recipe((), Call(VERB), AS_STORED, name)
+    if name.partition("(")[0] in registry.names("containers"):
+        return replace(parse(f"nearest : f32 > {name}"), solver=Call(VERB), grid=AS_STORED)
     if name not in ("f32", "f16", "bf16") and ":" not in text and ">" not in text:
         known = ", ".join(n.replace("_", "-") for n in writable())
         try:
@@ -354,8 +354,11 @@ def _laid_out(
     notes = _provenance(recipe, source)
     try:
         return rows, container.files(rows, source, notes)
-    except Refused:
+    except Refused as refusal:
         common = _common(rows, found, source, container, dtype)
+        if common is None and "dtype=" in str(refusal.fix):
+            fix = f"{refusal.fix}: here that is --dtype, with --requantize where it rounds what is kept"
+            raise Refused(refusal.what, where=refusal.where, fix=fix) from refusal
         if common is None:
             raise
     return common, container.files(common, source, notes)
