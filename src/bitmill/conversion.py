@@ -374,7 +374,8 @@ def _common(
         held = [source.stored(row.name) for row in linears]
         if all(q is not None and relabelled(q, grid) is not None for q in held):
             changed = {r.name: replace(r, grid=grid, why=_said(said[r.name], grid)) for r in linears}
-            return tuple(changed.get(row.name, row) for row in rows)
+            common = tuple(changed.get(row.name, row) for row in rows)
+            return None if [r.grid for r in common] == [r.grid for r in rows] else common
     return None
 
 

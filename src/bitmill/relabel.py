@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bitmill.core.axes import Grid
 from bitmill.core.types import Quantized
+from bitmill.grids.biased import Biased
 from bitmill.grids.ggml_floats import GgmlFloat
 from bitmill.grids.integer import Integer
 from bitmill.grids.kquant import KQuant
@@ -60,7 +61,7 @@ def relabelled(quantized: Quantized, grid: Grid) -> Quantized | None:
         return quantized
     if grid.refuses(quantized.shape) is not None:
         return None
-    if isinstance(grid, Integer | KQuant):
+    if isinstance(grid, Integer | Biased | KQuant):
         ranged = _ranged(quantized, grid)
         if ranged is not None:
             return ranged
@@ -83,15 +84,17 @@ def same_values(one: Quantized, other: Quantized) -> bool:
 
 def equivalents(grid: Grid) -> Sequence[Grid]:
     """Grids that may hold the values of ``grid``; scales are for the container to settle."""
-    if isinstance(grid, Integer) and grid.zero != "fz":
-        return (*_integers(grid.bits, grid.group), *(KQuant(kind) for kind in _HALF))
-    if isinstance(grid, KQuant) and str(grid) in _HALF:
-        bits = {"q4_0": 4, "q5_0": 5, "q8_0": 8}[str(grid)]
-        return (*_integers(bits, _BLOCK), *(KQuant(kind) for kind in _HALF))
-    if isinstance(grid, KQuant) and str(grid) in _TERNARY:
-        return (*_integers(2, _TERNARY_BLOCK), *(KQuant(kind) for kind in (*_TERNARY, *_HALF)))
-    if isinstance(grid, KQuant) and str(grid) in _RANGED:
-        return tuple(KQuant(kind) for kind in _RANGED)
+    halves, ranged = [KQuant(kind) for kind in _HALF], [KQuant(kind) for kind in _RANGED]
+    if isinstance(grid, Integer):
+        return (*_integers(grid.bits, grid.group), *halves)
+    if isinstance(grid, Biased):
+        return (*_integers(grid.bits, grid.group), *halves, *ranged)
+    if str(grid) in _HALF:
+        return (*_integers({"q4_0": 4, "q5_0": 5, "q8_0": 8}[str(grid)], _BLOCK), *halves)
+    if str(grid) in _TERNARY:
+        return (*_integers(2, _TERNARY_BLOCK), *(KQuant(kind) for kind in _TERNARY), *halves)
+    if str(grid) in _RANGED:
+        return (*_integers(4 if str(grid) == "q4_1" else 5, _BLOCK), *ranged)
     if isinstance(grid, Minifloat | GgmlFloat):
         wide = [Minifloat(grid.element, "channel")] if str(grid).endswith("-tensor") else []  # type: ignore[union-attr]
         small = [Minifloat("e2m1", "mx"), Minifloat("e2m1", "nv"), *GgmlFloat.examples()]
@@ -99,18 +102,15 @@ def equivalents(grid: Grid) -> Sequence[Grid]:
     return (replace(grid, double=False),) if isinstance(grid, Table) and grid.double else ()
 
 
-def _integers(bits: int, group: int) -> tuple[Integer, ...]:
+def _integers(bits: int, group: int) -> tuple[Grid, ...]:
     groups = [
         group,
         *([0] if group == -1 else []),
         *(g for g in _NARROWER if group <= 0 or (group % g == 0 and g < group)),
     ]
-    return tuple(
-        Integer(wide, g, zero)
-        for wide in range(bits, _MOST_BITS + 1)
-        for g in groups
-        for zero in ("sym", "asym", "fz")
-    )
+    widths = range(bits, _MOST_BITS + 1)
+    whole = [Integer(wide, g, zero) for wide in widths for g in groups for zero in ("sym", "asym", "fz")]
+    return (*whole, *(Biased(wide, g) for wide in widths for g in groups if g > 0))
 
 
 def _by_rows(quantized: Quantized) -> bool:
@@ -135,6 +135,11 @@ def _steps(quantized: Quantized) -> _Steps | None:
         if not torch.equal(zero, zero.round()) or float(zero.abs().max()) > _FURTHEST:
             return None
         width = columns // scale.shape[1]
+    elif isinstance(grid, Biased) and set(params) == {"scale", "bias"}:
+        scale, width = params["scale"], grid.group
+        zero = torch.where(scale == 0, 0.0, -params["bias"] / scale).round()
+        if not torch.equal(zero * scale, -params["bias"]) or float(zero.abs().max()) > _FURTHEST:
+            return None
     elif isinstance(grid, KQuant) and set(params) == {"d"}:
         scale = params["d"]
         zero = torch.full_like(scale, float({**_HALF, **dict.fromkeys(_TERNARY, 1)}[str(grid)]))
@@ -145,9 +150,11 @@ def _steps(quantized: Quantized) -> _Steps | None:
     return _Steps(scale.to(torch.float32), quantized.codes.to(torch.int16) - offset, zero, width)
 
 
-def _stepped(steps: _Steps, grid: Grid, shape: tuple[int, int]) -> Quantized | None:
+def _stepped(steps: _Steps, grid: Integer | Biased | KQuant, shape: tuple[int, int]) -> Quantized | None:
     """``steps`` on an evenly spaced grid, when its blocks, its scales and its codes all have room."""
-    if isinstance(grid, Integer):
+    if isinstance(grid, Biased):
+        width = grid.group
+    elif isinstance(grid, Integer):
         width = {0: shape[1], -1: shape[1]}.get(grid.group, grid.group)
     elif str(grid) in (*_HALF, *_TERNARY):
         width = grid.block[1]
@@ -159,31 +166,39 @@ def _stepped(steps: _Steps, grid: Grid, shape: tuple[int, int]) -> Quantized | N
     )
     if scale is None or zero is None:
         return None
-    kept = _SCALES[grid.scale] if isinstance(grid, Integer) else torch.float16
-    if not torch.equal(scale.to(kept).to(torch.float32), scale):
+    kept = torch.float16 if isinstance(grid, KQuant) else _SCALES[grid.scale]
+    if not _are(scale, kept):
         return None
     blocks = steps.levels.reshape(shape[0], -1, width)
     low, high = blocks.amin(-1), blocks.amax(-1)
     if isinstance(grid, KQuant):
         return _block_type(grid, steps.levels, scale, (int(low.min()), int(high.max())), shape)
-    if not isinstance(grid, Integer):
+    zero = _placed(zero, low, high, grid)
+    if zero is None:
         return None
-    top = 2**grid.bits - 1
-    if grid.zero == "sym":
-        zero = torch.full_like(zero, 2.0 ** (grid.bits - 1))
-    least, most = (-low).clamp(min=grid.zero_floor), (top - high).clamp(max=top)
-    if grid.zero != "sym":
-        zero = torch.minimum(torch.maximum(zero, least.to(zero.dtype)), most.to(zero.dtype))
-    if bool((zero < -low).any()) or bool((zero > top - high).any()) or bool((zero < grid.zero_floor).any()):
-        return None
-    if grid.group == -1:
+    if isinstance(grid, Integer) and grid.group == -1:
         if bool((scale != scale[0, 0]).any()) or bool((zero != zero[0, 0]).any()):
             return None
         scale, zero = scale[:1, :1], zero[:1, :1]
-    codes = steps.levels.reshape(shape[0], zero.shape[1] if grid.group != -1 else 1, -1)
-    codes = (codes + zero.to(torch.int16)[..., None]).to(torch.uint8).reshape(shape)
+    codes = (blocks + zero.to(torch.int16)[..., None]).to(torch.uint8).reshape(shape)
+    if isinstance(grid, Biased):
+        bias = torch.where(zero == 0, 0.0, -zero * scale)
+        params = {"scale": scale.contiguous(), "bias": bias.contiguous()}
+        return Quantized(grid, codes, params, shape) if _are(bias, kept) else None
     params = {"scale": scale.contiguous(), "zero": zero.contiguous()}
     return Quantized(grid, codes, params if grid.zero != "sym" else {"scale": params["scale"]}, shape)
+
+
+def _placed(zero: Tensor, low: Tensor, high: Tensor, grid: Integer | Biased) -> Tensor | None:
+    """Where 0 stands among the codes: as near as can be to where it stood, with room for all levels."""
+    top, floor = 2**grid.bits - 1, grid.zero_floor if isinstance(grid, Integer) else 0
+    if isinstance(grid, Integer) and grid.zero == "sym":
+        zero = torch.full_like(zero, 2.0 ** (grid.bits - 1))
+    else:
+        least, most = (-low).clamp(min=floor), (top - high).clamp(max=top)
+        zero = torch.minimum(torch.maximum(zero, least.to(zero.dtype)), most.to(zero.dtype))
+    fits = (zero >= -low) & (zero <= top - high) & (zero >= floor)
+    return zero if bool(fits.all()) else None
 
 
 def _block_type(
@@ -211,11 +226,30 @@ def _regrouped(values: Tensor, width: int, wanted: int, loose: bool = False) -> 
 
 
 def _ranged(quantized: Quantized, grid: Grid) -> Quantized | None:
-    """``q4_1`` in the wider codes of ``q5_1``, and back where they are not used."""
-    if str(quantized.grid) not in _RANGED or str(grid) not in _RANGED:
+    """A scale and a base a block, ``scale · code + base``: MLX's integers, ``q4_1`` and ``q5_1``."""
+    stored, params = quantized.grid, quantized.params
+    if isinstance(stored, Biased) and set(params) == {"scale", "bias"}:
+        scale, base = params["scale"], params["bias"]
+    elif str(stored) in _RANGED and set(params) == {"d", "m"}:
+        scale, base = params["d"], params["m"]
+    else:
         return None
-    fits = str(grid) == "q5_1" or int(quantized.codes.max()) < 16
-    return replace(quantized, grid=grid) if fits else None
+    if not (isinstance(grid, Biased) or str(grid) in _RANGED):
+        return None
+    width = grid.block[1]
+    parts = [_regrouped(part, stored.block[1], width) for part in (scale, base)]
+    top = 2**grid.bits - 1 if isinstance(grid, Biased) else {"q4_1": 15, "q5_1": 31}[str(grid)]
+    kept = _SCALES[grid.scale] if isinstance(grid, Biased) else torch.float16
+    if any(part is None or not _are(part, kept) for part in parts) or int(quantized.codes.max()) > top:
+        return None
+    names = ("scale", "bias") if isinstance(grid, Biased) else ("d", "m")
+    held = {name: part.contiguous() for name, part in zip(names, parts, strict=True) if part is not None}
+    made = replace(quantized, grid=grid, params=held)
+    return made if same_values(made, quantized) else None
+
+
+def _are(values: Tensor, dtype: torch.dtype) -> bool:
+    return torch.equal(values.to(dtype).to(torch.float32), values)
 
 
 def _floats(quantized: Quantized, grid: Grid) -> Quantized | None:
