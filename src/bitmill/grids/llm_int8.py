@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bitmill.core.axes import Affine, AffineGrid
+from bitmill.core.axes import ScalarGrid
 from bitmill.core.types import Params, Quantized
 from bitmill.numerics.llm_int8 import LEVELS, decode, encode
 from bitmill.numerics.search import weights_of
@@ -21,13 +21,14 @@ _CHUNK = 1 << 18  # weights at a time
 
 @final
 @dataclass(frozen=True)
-class LlmInt8(AffineGrid):
+class LlmInt8(ScalarGrid):
     """Values ``code · absmax / 127`` for codes ``-127 … 127``.
 
     Codes are int8 ``out in``. Parameters: ``absmax`` float32 ``out 1``. Unlike ``int8-channel-sym``, whose
     256 codes reach one step further below 0 than above, both ends are values, and a row's scale is stored in
     single precision. Only weights: the runtime rounds the activations, and keeps loud ones out of it
-    (:func:`bitmill.numerics.llm_int8.matmul`).
+    (:func:`bitmill.numerics.llm_int8.matmul`). Its owner decodes by two products, code by magnitude by 1/127,
+    which no single step reproduces to the last bit: hence no :class:`AffineGrid`.
     """
 
     @property
@@ -89,13 +90,6 @@ class LlmInt8(AffineGrid):
 
     def scaled(self, params: Params, factor: Tensor) -> Params:
         return {"absmax": params["absmax"] * factor}
-
-    def affine(self, params: Params, columns: Tensor) -> Affine:
-        zero = params["absmax"].new_zeros(1, 1)
-        return Affine(params["absmax"] / LEVELS, zero, zero, -LEVELS, LEVELS)
-
-    def with_zero(self, params: Params, zero: Tensor) -> Params | None:
-        return None
 
 
 def _best(w: Tensor, u: Tensor, absmax: Tensor) -> Tensor:
