@@ -27,6 +27,7 @@ from bitmill.cli.quantize import quantize
 from bitmill.cli.recipes import SENTENCE, recipes
 from bitmill.core import registry
 from bitmill.core.axes import Container, Grid
+from bitmill.core.inputs import EXAMPLES
 from bitmill.known import KNOWN
 from bitmill.recipe import ROLES, parse
 
@@ -62,6 +63,17 @@ AXES = {
     "allocation": "Which grid where.",
     "containers": "How bytes are laid out for somebody's runtime.",
 }
+
+
+INPUTS = """A `token` or a group (`g128`) of its channels has a scale of its own; `tensor` is one for a
+whole sequence. `static` takes it from calibration, which the plan then asks for. NVFP4 fixes one gain a layer
+and takes block scales from the tokens. The names W8A8, W4A8, W4A4, NVFP4, MXFP4 and MXFP8 mean what
+llm-compressor means by them, inputs included; A16 is the weights alone, and so are `fp8`, `fp8-tensor` and
+`fp8-block`.
+
+`measure`, `bitmill.load` and the calibrating walk round these inputs as the compressed-tensors package does
+in float32. Kernels round in their own way in the last places. Files that tell a runtime of it:
+`> compressed-tensors` and `> bitmill`; with any other the plan is refused."""
 
 
 def marked(text: str) -> str:
@@ -128,9 +140,18 @@ def recipes_page() -> str:
                 ["`pure`", "with a mixture: its default type for every tensor, embedding and head too"],
                 ["`keep=v+down`", "leaves these roles as they are"],
                 ["`fallback=GRID`", "for shapes that the grid refuses; without it the plan is refused"],
+                [
+                    "`input=GRID`",
+                    "what the inputs of the quantized linears in the blocks are rounded to at run time; "
+                    "embedding, head and what is kept are left: see below",
+                ],
                 ["`dtype=bf16`", "precision of what is kept and of scales: `f32`, `f16` or `bf16`"],
             ],
         ),
+        "## Input grids",
+        marked((sys.modules["bitmill.core.inputs"].__doc__ or "").strip()),
+        "Spelled " + ", ".join(f"`{text}`" for text in EXAMPLES) + ".",
+        INPUTS,
         "## Known names",
         "In any case, with `-` or `_`.",
         table(["name", "stands for"], known),

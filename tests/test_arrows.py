@@ -14,7 +14,7 @@ AXES = ("transforms", "grids", "solvers", "allocation", "containers")
 _BASE = {"core"}
 _NUMERIC = _BASE | {"numerics"}
 _FACTS = _NUMERIC | {"families", "checkpoint"}
-_PLANNED = _FACTS | {"known", "recipe", "source", "calibrate", "forecast", *AXES}
+_PLANNED = _FACTS | {"known", "recipe", "source", "calibrate", "forecast", "inputs", "gguf_options", *AXES}
 _MILLED = _PLANNED | {"planning", "journal", "folding", "fitting", "account"}
 
 ARROWS: dict[str, set[str]] = {
@@ -32,8 +32,10 @@ ARROWS: dict[str, set[str]] = {
     "containers": _FACTS | {"grids"},
     "source": _FACTS,
     "known": _NUMERIC | {"allocation"},
-    "recipe": _NUMERIC | {"allocation", "known"},
+    "recipe": _NUMERIC | {"allocation", "gguf_options", "known"},
+    "gguf_options": _BASE | {"allocation"},
     "forecast": _BASE,
+    "inputs": _NUMERIC | {"families"},
     "journal": _BASE,
     "planning": _PLANNED,
     "budgeting": _PLANNED | {"planning"},

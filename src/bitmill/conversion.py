@@ -141,7 +141,7 @@ def plan_conversion(
         *_losses(closest, lost),
         *unsaid,
     ]
-    return _made(recipe, family, rows, files, container, source, chosen, (*remarks, *unsaid), out)
+    return _made(recipe, family, rows, files, container, source, chosen, tuple(remarks), out)
 
 
 def kept_dtype(source: Checkpoint) -> str:
@@ -175,7 +175,8 @@ def _on_named_grids(wanted: Recipe, source: Checkpoint, out: Path | None, dtype:
     told, lost = _with_inputs(made.rows, made.container, source)
     rows = [replace(row, inputs=one.inputs) for row, one in zip(rows, told, strict=True)]
     files = made.container.files(told, source, _provenance(recipe, source))
-    remarks = [r for r in made.remarks if not r.startswith("the source is quantized already")]
+    known = ("the source is quantized already", "the source rounds inputs")
+    remarks = [r for r in made.remarks if not r.startswith(known)]
     remarks += [*_growth(rows, source), *lost]
     return _made(
         recipe, made.family, tuple(rows), files, made.container, source, made.dtype, tuple(remarks), out

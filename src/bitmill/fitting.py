@@ -61,7 +61,7 @@ class Fitting:
                 if seam is None or len(readers) != len(seam.readers):
                     continue
                 problems = [
-                    (Problem(row.name, row.role, tensors[row.name], changed[row.name]), row.grid)
+                    (Problem(row.name, row.role, tensors[row.name], changed[row.name], row.inputs), row.grid)
                     for row in readers
                 ]
                 map_, gain = transform.fit(seam, index, readers[0].shape[1], problems)

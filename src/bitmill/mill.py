@@ -176,6 +176,12 @@ def importance(
             f"an importance matrix describes the inputs before {made.recipe.transforms[0].name} changes them",
             fix="drop the transform, or calibrate: --calib TEXT instead of --imatrix",
         )
+    fixing = next((row.inputs for row in made.rows if row.inputs is not None and row.inputs.fixed), None)
+    if fixing is not None:
+        raise Refused(
+            f"{fixing} needs the range of every input; an importance matrix holds mean squares only",
+            fix="calibrate: --calib TEXT instead of it; or input=int8-token, which needs none",
+        )
     if made.needs == "gram":
         raise Refused(
             f"{made.recipe.solver} needs Gram matrices; an importance matrix holds their diagonals only",
@@ -315,3 +321,16 @@ def _refuse_foreign_moments(
         raise Refused(
             "these moments hold no Gram matrices, and the recipe needs them", fix="take them again with gptq"
         )
+    for row in made.rows:
+        moments = known.get(row.name)
+        fixed = row.inputs.fixed if row.inputs is not None and moments is not None else ()
+        if (
+            moments is not None
+            and fixed
+            and (moments.range is None or ("zero" in fixed and moments.low is None))
+        ):
+            raise Refused(
+                f"these moments do not hold the range of inputs that {row.inputs} needs",
+                where=row.name,
+                fix="take them again with this recipe",
+            )

@@ -30,6 +30,7 @@ from bitmill.core.errors import Refused
 from bitmill.core.types import FileImage, Row, TensorFacts
 from bitmill.families.base import LINEAR_ROLES, Family, describe, is_expert, traits
 from bitmill.forecast import cost
+from bitmill.inputs import input_remarks, with_inputs
 from bitmill.recipe import Recipe
 
 BYTES = {"f32": 4, "f16": 2, "bf16": 2}
@@ -142,9 +143,9 @@ class Plan:
         """
         for row in self.rows:
             if row.name == name:
-                return f"{row.name}: {row.grid} ({row.why})" + (
-                    f", instead of {row.fallback}" if row.fallback else ""
-                )
+                instead = f", instead of {row.fallback}" if row.fallback else ""
+                inputs = f"; its inputs on {row.inputs}" if row.inputs else ""
+                return f"{row.name}: {row.grid} ({row.why}){instead}{inputs}"
         raise Refused(
             f"the model has no tensor {name!r}", fix="names are Hugging Face's, see `bitmill plan --json`"
         )
@@ -177,6 +178,7 @@ class Plan:
                     "solved": r.solved,
                     "why": r.why,
                     "fallback": r.fallback,
+                    "inputs": str(r.inputs) if r.inputs else None,
                 }
                 for r in self.rows
             ],
@@ -225,6 +227,10 @@ def plan(
         if needs == "nothing":
             needs = "diagonal"
             remarks += (f"{blind.grid} needs to know a weight's inputs: the run calibrates first",)
+    rows = with_inputs(rows, recipe.input, container, recipe.container.replace("_", "-"))
+    remarks += input_remarks(rows, checkpoint)
+    if needs == "nothing" and any(row.inputs.fixed for row in rows if row.inputs is not None):
+        needs = "diagonal"
     remarks += _unheard(recipe, rows, container, checkpoint)
     again = requantized(checkpoint) if any(str(row.grid) not in BYTES for row in rows) else None
     remarks += (again,) if again is not None else ()

@@ -5,6 +5,7 @@ r"""A recipe: what the user wants, in one line that reads as the sentence it is.
     gptq : q4_0, embed=q8_0, keep=v+down > gguf
     best : Q4_K_M > gguf
     nearest : Q4_K_M, /blk\.[0-3]\.ffn_down/=q8_0 > gguf
+    smoothquant + nearest : int8-channel-sym, input=int8-token > compressed-tensors
 
 ``transforms + solver : grid-or-mixture, options > container``. Parsing and printing round-trip; known names
 (``Q4_K_M``, ``W4A16``, ``nf4``) are recipes in a table; long ones live in TOML files with the same keys.
@@ -23,9 +24,11 @@ from typing import Any, cast
 
 from bitmill.allocation.mixture import Mixture
 from bitmill.core import registry
-from bitmill.core.axes import Container, Solver, Transform
+from bitmill.core.axes import Container, InputContainer, Solver, Transform
 from bitmill.core.errors import BadRecipe
+from bitmill.core.inputs import parse_inputs
 from bitmill.core.types import Split
+from bitmill.gguf_options import pre_tokenizer, size_of, tensor_type
 from bitmill.known import KNOWN, PRESETS
 
 if sys.version_info >= (3, 11):
@@ -40,17 +43,8 @@ ROLES = ("embed", "head", "q", "k", "v", "o", "gate", "up", "down", "router", "l
 
 DTYPES = ("f32", "f16", "bf16")
 
+_OPTIONS = ("keep", "fallback", "dtype", "input")
 _OF_GGUF = ("split-max-size", "split-max-tensors", "pre-tokenizer")
-
-_NOT_EVERYWHERE = (
-    (r"\\[A-Z]", "llama.cpp puts patterns in lower case first, which turns a class like \\D into \\d"),
-    (r"\[[.:=]", "classes like [[:digit:]] are not portable; write [0-9]"),
-    (r"\[\^?\]", "an empty class [] is not portable"),
-    (r"\(\?(?![:=!])", "only (?:…), (?=…) and (?!…) are portable"),
-    (r"[*+?}]\+", "possessive repeats are not portable"),
-    (r"\([^()]*[*+][^()]*\)[*+{]", "a repeat of what repeats can take for ever"),
-)
-"""What means something else to C++'s std::regex, which llama.cpp uses, than to Python."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +78,7 @@ class Recipe:
         pure: whether a mixture gives every tensor its default type, embedding and head too.
         split_max_size, split_max_tensors: the most that a part of a GGUF output may hold, in bytes and in
         tensors; 0 is no limit, and without any limit the output is one file.
+        input: what the inputs of the quantized linears are rounded to at run time; None leaves them.
         pre_tokenizer: llama.cpp's name of how text is cut into words, for a GGUF output; None recognises it.
 
     Raises:
@@ -104,6 +99,7 @@ class Recipe:
     split_max_size: int = 0
     split_max_tensors: int = 0
     pre_tokenizer: str | None = None
+    input: str | None = None
 
     def __post_init__(self) -> None:
         said = [f"/{pattern}/={kind}" for pattern, kind in self.tensors] + ["pure"] * self.pure
@@ -122,6 +118,7 @@ class Recipe:
     def __str__(self) -> str:
         axes = " + ".join(str(c) for c in (*self.transforms, self.solver))
         options = [f"{role}={grid}" for role, grid in self.roles]
+        options += [f"input={self.input}"] if self.input else []
         options += [f"/{pattern}/={kind}" for pattern, kind in self.tensors]
         options += ["pure"] if self.pure else []
         options += [f"keep={'+'.join(self.keep)}"] if self.keep else []
@@ -175,57 +172,6 @@ def parse(text: str) -> Recipe:
     return _parse_line(text, known)
 
 
-def tensor_type(pattern: str, kind: str) -> tuple[str, str]:
-    """A pattern on llama.cpp's tensor names and the type it gives them, as ``--tensor-type`` has it.
-
-    The pattern is put in lower case, as llama.cpp does.
-
-    Raises:
-        BadRecipe: the pattern does not compile or means something else to llama.cpp, or the type is none.
-    """
-    where = f"{pattern}={kind}"
-    if not pattern or "/" in pattern:
-        raise BadRecipe("a pattern is not empty and has no slash", where=where, fix=r"e.g. blk\.0\.ffn_down")
-    for strange, why in _NOT_EVERYWHERE:
-        if re.search(strange, pattern):
-            raise BadRecipe(f"pattern {pattern!r}: {why}", where=where)
-    pattern = pattern.lower()
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise BadRecipe(f"pattern {pattern!r} does not compile: {error}", where=where) from error
-    grid = registry.find_grid(kind.strip().lower())
-    if grid is None and kind.strip().upper() in Mixture.names():
-        raise BadRecipe(
-            f"{kind} is a mixture, and one tensor has one type", where=where, fix="for example q4_k or q6_k"
-        )
-    return pattern, str(grid or registry.parse_grid(kind))
-
-
-def size_of(text: str) -> int:
-    """Bytes of ``500M``, ``2G`` or a plain number; units are decimal, as in ``llama-gguf-split``.
-
-    Raises:
-        BadRecipe: it is none of these.
-    """
-    found = re.fullmatch(r"0*([1-9]\d{0,17})([kmg]?)b?", text.strip().lower())
-    if found is None:
-        raise BadRecipe(f"{text!r} is no size", fix="for example 500M or 2G")
-    return int(found[1]) * 1000 ** ("kmg".index(found[2]) + 1 if found[2] else 0)
-
-
-def pre_tokenizer(text: str) -> str:
-    """A name as llama.cpp gives its pre-tokenizers: ``llama-bpe``, ``qwen2``.
-
-    Raises:
-        BadRecipe: it cannot be one.
-    """
-    name = text.strip().lower()
-    if re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name) is None:
-        raise BadRecipe(f"{text!r} is no pre-tokenizer's name", fix="for example llama-bpe or qwen2")
-    return name
-
-
 def _parse_line(text: str, known: Mapping[str, str]) -> Recipe:
     patterns: list[str] = []
 
@@ -252,7 +198,7 @@ def _parse_line(text: str, known: Mapping[str, str]) -> Recipe:
     head, *options = _split(rest)
     grid = _grid_text(head, made)
     fields = _fields(options, patterns)
-    layout = _container(container.strip(), grid)
+    layout = _container(container.strip(), grid, "input" in fields)
     return Recipe(tuple(transforms), solver, grid, layout.name, layout.options, **fields)
 
 
@@ -275,6 +221,8 @@ def _fields(options: list[str], patterns: list[str]) -> dict[str, Any]:
             fields["keep"] = tuple(_role(r) for r in value.split("+"))
         elif key == "fallback":
             fields["fallback"] = str(registry.parse_grid(value))
+        elif key == "input":
+            fields["input"] = str(parse_inputs(value))
         elif key == "dtype":
             if value not in DTYPES:
                 raise BadRecipe(f"dtype={value!r}", fix=f"one of {', '.join(DTYPES)}")
@@ -291,7 +239,7 @@ def _fields(options: list[str], patterns: list[str]) -> dict[str, Any]:
             raise BadRecipe(
                 f"unknown option {key!r}",
                 where=option,
-                fix=_closest(key, [*ROLES, "keep", "fallback", "dtype", "pure", *_OF_GGUF]),
+                fix=_closest(key, [*ROLES, *_OPTIONS, "pure", *_OF_GGUF]),
             )
     return {**fields, "roles": tuple(roles), "tensors": tuple(tensors)}
 
@@ -299,7 +247,7 @@ def _fields(options: list[str], patterns: list[str]) -> dict[str, Any]:
 def from_toml(path: Path) -> Recipe:
     """A recipe from a file.
 
-    It holds ``recipe = "…"``, or the keys ``transforms solver grid container keep fallback dtype pure
+    It holds ``recipe = "…"``, or the keys ``transforms solver grid container keep fallback dtype input pure
     split-max-size split-max-tensors pre-tokenizer`` and the tables ``[roles]`` and ``[tensors]``. Unknown
     keys are errors.
 
@@ -312,8 +260,8 @@ def from_toml(path: Path) -> Recipe:
         raise BadRecipe(f"cannot read {str(path)!r}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadRecipe(f"not a TOML file: {error}", where=str(path)) from error
-    allowed = ["recipe", "transforms", "solver", "grid", "container", "keep", "fallback", "dtype", "pure"]
-    allowed += ["roles", "tensors", *_OF_GGUF]
+    allowed = ["recipe", "transforms", "solver", "grid", "container", "pure", "roles", "tensors"]
+    allowed += [*_OPTIONS, *_OF_GGUF]
     for key in table:
         if key not in allowed:
             raise BadRecipe(f"unknown key {key!r}", where=str(path), fix=_closest(key, allowed))
@@ -333,7 +281,7 @@ def from_toml(path: Path) -> Recipe:
     options += ["pure"] if table.get("pure", False) else []
     keep = table.get("keep", [])
     options += [f"keep={'+'.join(keep if isinstance(keep, list) else [keep])}"] if keep else []
-    options += [f"{key}={table[key]}" for key in ("fallback", "dtype", *_OF_GGUF) if key in table]
+    options += [f"{key}={table[key]}" for key in (*_OPTIONS[1:], *_OF_GGUF) if key in table]
     container = f" > {table['container']}" if "container" in table else ""
     return parse(f"{axes} : {', '.join([str(table['grid']), *options])}{container}")
 
@@ -413,7 +361,7 @@ def _is_grid(text: str) -> bool:
     return registry.find_grid(lowered) is not None or lowered in {n.lower() for n in Mixture.names()}
 
 
-def _container(text: str, grid: str) -> Call:
+def _container(text: str, grid: str, rounds: bool) -> Call:
     if text:
         call = _call(text)
         cls = registry.member("containers", call.name)
@@ -428,7 +376,8 @@ def _container(text: str, grid: str) -> Call:
         return Call("gguf")
     value = registry.parse_grid(grid)
     for name in ("gguf", "compressed_tensors", "bitsandbytes", "hqq", "mlx", "bitmill"):
-        if registry.member("containers", name)().refuses(value, "q", (256, 256)) is None:
+        made = registry.member("containers", name)()
+        if made.refuses(value, "q", (256, 256)) is None and (isinstance(made, InputContainer) or not rounds):
             return Call(name)
     raise BadRecipe(f"no container holds {grid!r}", fix="name one after '>'")
 

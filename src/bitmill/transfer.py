@@ -24,11 +24,12 @@ from bitmill.core.types import Inputs, Note, Quantized, Row
 from bitmill.grids.dense import Dense
 from bitmill.journal import Boundary, Workspace
 from bitmill.mill import carry_out, refuse_existing
+from bitmill.numerics.floats import all_finite
 from bitmill.planning import Plan
 from bitmill.recipe import Recipe
 from bitmill.relabel import relabelled, same_values
 from bitmill.source import open_source
-from bitmill.walk import Progress, all_finite
+from bitmill.walk import Progress
 
 _ROWS = 1 << 24  # weights converted to float32 at a time: 64 MiB
 _OFFSET_ROUNDING = 2.0**-22

@@ -24,13 +24,15 @@ from bitmill.account import Report
 from bitmill.calibrate.moments import MomentSum
 from bitmill.calibrate.stream import Block, Stream, Twin
 from bitmill.calibrate.tokens import Calibration
-from bitmill.core.axes import CalibratedSolver, Checkpoint, Container, Solver
+from bitmill.core.axes import CalibratedSolver, Checkpoint, Container, Solver, inputs_of
 from bitmill.core.errors import Refused, Unsolvable
-from bitmill.core.types import Moments, Note, Problem, Quantized, Row
+from bitmill.core.types import Inputs, Moments, Note, Params, Problem, Quantized, Row
 from bitmill.fitting import Fitting
 from bitmill.folding import fixed_fold
 from bitmill.forecast import STAGED_BYTES, staged_bytes
+from bitmill.inputs import fixed_by, needs_zero, same_inputs
 from bitmill.journal import Workspace
+from bitmill.numerics.floats import all_finite
 from bitmill.planning import Plan
 
 Progress = Callable[[str, int, int, str], None]
@@ -88,7 +90,7 @@ class Walk:
         fitted = tuple((name, t) for name, t in named if t.needs != "nothing")
         self.fitting = Fitting(self.plan.family, self.source.config, fitted)
         self.notes += self.calibration.notes
-        self._sample: dict[str, tuple[str, Tensor]] = {}
+        self._sample: dict[str, tuple[str, Tensor, Params]] = {}
         self._stacks: dict[str, bool] = {}
 
     def run(self, identity: Mapping[str, Any], done: Sequence[Mapping[str, Any]], started: float) -> Report:
@@ -130,8 +132,10 @@ class Walk:
             Unsolvable: the bytes do not decode to the solution; the output never appears.
         """
         written = self.container.open(self.space.payload)
-        for name, rows in self._sample.values():
-            if not torch.equal(written.read(name)[: rows.shape[0]].float(), rows):
+        fixed = {name: inputs for name, _, inputs in self._sample.values()}
+        told = same_inputs(inputs_of(written), self.plan.rows, fixed)
+        for name, rows, _ in self._sample.values():
+            if not told or not torch.equal(written.read(name)[: rows.shape[0]].float(), rows):
                 raise Unsolvable(
                     "what was written does not read back as what was solved",
                     where=f"{name} in {self.plan.recipe.container}",
@@ -143,7 +147,7 @@ class Walk:
         return self.plan.needs != "nothing" and not self.known
 
     def _stream(self) -> Stream:
-        return Stream(self.source, self.device, read=self._read)
+        return Stream(self.source, self.device, read=self._read, inputs={})
 
     def _read(self, name: str) -> Tensor:
         """A dense tensor of the source after the fixed maps; refuses non-finite weights."""
@@ -240,10 +244,7 @@ class Walk:
         moments = self._gather(block, groups, hidden, self._original)
         moments = self._fold(block, rows, tensors, moments, hidden)
         for group in groups:
-            values = self._solve(group, tensors, moments[group[0].name])
-            for name, value in values.items():
-                block.assign(name.removeprefix(block.prefix), value)
-                del tensors[name]
+            self._place(block, group, tensors, moments[group[0].name])
         for row in rows:
             if not row.solved:
                 block.assign(row.name.removeprefix(block.prefix), tensors[row.name])
@@ -270,9 +271,7 @@ class Walk:
         def solve(group: Sequence[Row], moments: Moments) -> None:
             if not self.fitting.transforms:  # what is kept is of the model before any fold
                 self._kept(group, moments)
-            for name, value in self._solve(group, tensors, moments).items():
-                block.assign(name.removeprefix(block.prefix), value)
-                del tensors[name]  # the block computes with the new values: the old ones are memory
+            self._place(block, group, tensors, moments)
 
         groups, batch = self._groups(block, rows, hidden), max(1, STEP_TOKENS // hidden.shape[1])
         paths = [_path(block, group) for group in groups]
@@ -292,6 +291,20 @@ class Walk:
         self._canary(block.index, first, before, hidden[:1])
         return hidden
 
+    def _place(
+        self, block: Block, group: Sequence[Row], tensors: dict[str, Tensor], moments: Moments
+    ) -> None:
+        """Solve a group, and have the block compute as the quantized model will from here on."""
+        values = self._solve(group, tensors, moments)
+        for row in group:
+            path = row.name.removeprefix(block.prefix)
+            block.assign(path, values[row.name])
+            if row.inputs is not None:
+                block.inputs[path.removesuffix(".weight")] = Inputs(
+                    row.inputs, fixed_by(row, moments, self.plan.dtype)
+                )
+            del tensors[row.name]  # the block computes with the new values: the old ones are memory
+
     def _groups(self, block: Block, rows: Sequence[Row], hidden: Tensor) -> list[list[Row]]:
         """Solved rows grouped by the input they share, in the order the block runs them."""
         by_path = {
@@ -309,7 +322,8 @@ class Walk:
         return [group for group in groups if group]
 
     def _sum(self, group: Sequence[Row], hidden: Tensor, cross: bool) -> MomentSum:
-        return MomentSum(group[0].shape[1], self.plan.needs == "gram", hidden.device, cross=cross)
+        gram, signed = self.plan.needs == "gram", needs_zero(group)
+        return MomentSum(group[0].shape[1], gram, hidden.device, signed, cross)
 
     def _kept(self, group: Sequence[Row], moments: Moments) -> Moments:
         if self.keep_moments:
@@ -377,19 +391,20 @@ class Walk:
         for row in rows:
             stacks.setdefault(str(row.grid) if self._stackable(row) else row.name, []).append(row)
         problems = [
-            Problem("+".join(r.name for r in stack), stack[0].role, _stacked(stack, tensors), moments)
-            for stack in stacks.values()
+            Problem("+".join(r.name for r in s), s[0].role, _stacked(s, tensors), moments, s[0].inputs)
+            for s in stacks.values()
         ]
         solutions = self.solver.solve(problems, [stack[0].grid for stack in stacks.values()])
         values: dict[str, Tensor] = {}
         for stack, solution in zip(stacks.values(), solutions, strict=True):
             self.notes += solution.notes
             parts = solution.quantized.parts([row.shape[0] for row in stack])
-            for row, quantized in zip(stack, parts, strict=True):
+            for row, part in zip(stack, parts, strict=True):
+                quantized = replace(part, inputs=fixed_by(row, moments, self.plan.dtype))
                 dense = quantized.dense()
                 self._record_error(row, tensors[row.name], dense, moments)
                 self._write(row, quantized)
-                self._sample.setdefault(row.role, (row.name, dense[:4].clone()))
+                self._sample.setdefault(row.role, (row.name, dense[:4].clone(), quantized.inputs))
                 values[row.name] = dense
         return values
 
@@ -477,11 +492,6 @@ class Walk:
 
 def _path(block: Block, group: Sequence[Row]) -> str:
     return group[0].name.removeprefix(block.prefix).removesuffix(".weight")
-
-
-def all_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite; one pass, no mask."""
-    return values.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
 
 
 def _stacked(stack: Sequence[Row], tensors: Mapping[str, Tensor]) -> Tensor:

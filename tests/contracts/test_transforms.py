@@ -52,7 +52,7 @@ def _loss(error: Tensor, moments: Moments) -> float:
 
 @every
 def test_it_says_what_it_needs_and_where_it_goes(transform: Transform):
-    assert transform.needs in ("nothing", "gram")
+    assert transform.needs in ("nothing", "diagonal", "gram")
     assert transform.kind in ("diagonal", "orthogonal")
     assert set(transform.seams()) <= {"attn_in", "value", "mlp_in", "mlp_mid", "residual"}
     map_, gain = _fit(transform)

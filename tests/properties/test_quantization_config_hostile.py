@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from bitmill.containers.bitsandbytes import Bitsandbytes
 from bitmill.containers.compressed_tensors import CompressedTensors
 from bitmill.containers.gptq import Gptq
 from bitmill.containers.hqq import Hqq
-from bitmill.core.axes import Container
+from bitmill.core.axes import Container, inputs_of
 from bitmill.core.errors import BitmillError
+from bitmill.core.inputs import find_inputs
 from bitmill.core.registry import parse_grid
 from bitmill.source import open_path
 from tests.tiny import make_model
@@ -33,6 +35,9 @@ WORDS = [
     "tensor",
     "block",
     "tensor_group",
+    "token",
+    "local",
+    "torch.uint8",
     "Linear",
     "re:.*",
     "gptq_v2",
@@ -53,17 +58,19 @@ VALUES = st.recursive(
 )
 
 
-@pytest.fixture(
-    scope="module",
-    params=[CompressedTensors(), Gptq(), Bitmill(), Bitsandbytes(), Hqq()],
-    ids=lambda c: type(c).__name__,
-)
+CONTAINERS = (CompressedTensors(), Gptq(), Bitmill(), Bitsandbytes(), Hqq())
+CASES: list[tuple[Container, str]] = [(container, "") for container in CONTAINERS]
+CASES += [(CompressedTensors(), grid) for grid in ("int8-token", "fp8-e4m3-g32-token")]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda c: f"{type(c[0]).__name__}{c[1]}")
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    container: Container = request.param
+    container, inputs = request.param
     place = tmp_path_factory.mktemp("hostile")
     source = SafetensorsFolder(make_model(place / "model", "llama", **SIZES))
     grid = parse_grid(GRIDS.get(type(container), "int4-g32-asym"))
     rows = rows_of(container, source, "f32", container.adapt(grid, "f32"))
+    rows = [replace(row, inputs=find_inputs(inputs)) if row.solved else row for row in rows]
     return write(container, source, rows, place).path
 
 
@@ -93,6 +100,8 @@ def test_any_settings(folder: Path, data: st.DataObject) -> None:
         for name, facts in checkpoint.tensors.items():
             assert tuple(checkpoint.read(name).shape) == facts.shape
             checkpoint.stored(name)
+        for name, how in inputs_of(checkpoint).items():
+            assert how.grid.refuses(checkpoint.tensors[name].shape[1]) is None
     except BitmillError as refusal:
         assert refusal.what
     finally:

@@ -17,6 +17,7 @@ from bitmill.checkpoint.safetensors import DENSE, TensorFolder, folder_digest, s
 from bitmill.checkpoint.safetensors_write import Planned
 from bitmill.core.axes import InputCheckpoint
 from bitmill.core.errors import BadFile
+from bitmill.core.inputs import InputGrid
 from bitmill.core.types import Inputs, Quantized, TensorFacts
 
 
@@ -145,6 +146,22 @@ class PackedFolder(InputCheckpoint):
 def from_quantized(shape: tuple[int, int], parts: tuple[str, ...], unpack: Callable[[], Quantized]) -> Packed:
     """A weight whose values are those of its codes."""
     return Packed(shape, parts, lambda: unpack().dense(), unpack)
+
+
+def checked_inputs(grid: InputGrid, fixed: Mapping[str, Tensor], where: str) -> Inputs:
+    """How the inputs of a linear are rounded, once what calibration fixed is sane.
+
+    Raises:
+        BadFile: a scale is not positive and finite, or a zero point is none of the grid's numbers.
+    """
+    half = 2 ** (grid.bits - 1)
+    for key, stored in fixed.items():
+        value = float(stored)
+        if not (
+            -half <= value < half and value == round(value) if key == "zero" else 0 < value < float("inf")
+        ):
+            raise BadFile(f"{value} is no {key} of inputs on {grid}", where=where)
+    return Inputs(grid, {key: stored.to(torch.float32).reshape(1) for key, stored in fixed.items()})
 
 
 def check_parts(folder: TensorFolder, parts: Mapping[str, Planned]) -> None:

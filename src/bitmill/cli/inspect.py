@@ -86,16 +86,18 @@ def inspect(
 
 
 def _entry(checkpoint: Checkpoint, name: str, outliers: bool) -> dict[str, Any]:
-    from bitmill.core.axes import torch_dtype
+    from bitmill.core.axes import inputs_of, torch_dtype
 
     fact = checkpoint.tensors[name]
     stored = checkpoint.stored(name)
+    inputs = inputs_of(checkpoint).get(name)
     count = prod(fact.shape)
     dense = torch_dtype(fact.dtype).itemsize * 8 * count
     entry: dict[str, Any] = {
         "name": name,
         "shape": list(fact.shape),
         "grid": fact.dtype if stored is None else str(stored.grid),
+        "inputs": None if inputs is None else str(inputs.grid),
         "parameters": count,
         "bits": dense if stored is None or len(fact.shape) != 2 else stored.bits,
     }
@@ -116,7 +118,7 @@ def _outlier(checkpoint: Checkpoint, name: str) -> float:
 def _by_grid(entries: list[dict[str, Any]]) -> str:
     found: dict[str, list[dict[str, Any]]] = {}
     for entry in entries:
-        found.setdefault(entry["grid"], []).append(entry)
+        found.setdefault(_stored(entry), []).append(entry)
     rows = []
     for grid, members in sorted(found.items(), key=lambda item: -sum(e["bits"] for e in item[1])):
         weights, bits = sum(e["parameters"] for e in members), sum(e["bits"] for e in members)
@@ -129,13 +131,17 @@ def _by_tensor(entries: list[dict[str, Any]]) -> str:
         [
             e["name"],
             "×".join(map(str, e["shape"])),
-            e["grid"],
+            _stored(e),
             f"{e['bits'] / max(e['parameters'], 1):.3f}",
             say.size(e["bits"] / 8),
         ]
         for e in entries
     ]
     return say.table(["tensor", "shape", "stored on", "bits", "size"], rows, right=(3, 4))
+
+
+def _stored(entry: dict[str, Any]) -> str:
+    return f"{entry['grid']}, inputs {entry['inputs']}" if entry["inputs"] else str(entry["grid"])
 
 
 def _plain(value: Any) -> Any:

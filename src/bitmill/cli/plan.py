@@ -114,11 +114,11 @@ def show(made: Plan, every_row: bool) -> None:
     say.result()
     if every_row:
         head = ["tensor", "shape", "grid", "why"]
-        say.result(say.table(head, [[r.name, _shape(r), r.grid, _why(r)] for r in made.rows]))
+        say.result(say.table(head, [[r.name, _shape(r), _grid(r), _why(r)] for r in made.rows]))
         return
     kinds: dict[tuple[str, str, str, str], list[Row]] = {}
     for row in made.rows:
-        kinds.setdefault((row.role, _shape(row), str(row.grid), _why(row)), []).append(row)
+        kinds.setdefault((row.role, _shape(row), _grid(row), _why(row)), []).append(row)
     head = ["role", "tensors", "shape", "grid", "weights", "why"]
     total = made.parameters
     lines = [
@@ -135,6 +135,10 @@ def show(made: Plan, every_row: bool) -> None:
 
 def _shape(row: Row) -> str:
     return "×".join(map(str, row.shape))
+
+
+def _grid(row: Row) -> str:
+    return f"{row.grid}, inputs {row.inputs}" if row.inputs else str(row.grid)
 
 
 def _why(row: Row) -> str:

@@ -84,7 +84,7 @@ def wanted(
 
 def _typed(recipe: Recipe, types: Types) -> Recipe:
     from bitmill.core.registry import parse_grid
-    from bitmill.recipe import pre_tokenizer, size_of, tensor_type
+    from bitmill.gguf_options import pre_tokenizer, size_of, tensor_type
 
     said = {"embed": types.embedding, "head": types.output}
     roles = {role: str(parse_grid(grid)) for role, grid in said.items() if grid is not None}

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from bitmill.checkpoint.hf_folder import read_config
-from bitmill.checkpoint.packed_folder import Packed, PackedFolder, from_quantized
+from bitmill.checkpoint.packed_folder import Packed, PackedFolder, checked_inputs, from_quantized
 from bitmill.checkpoint.safetensors import DENSE, TensorFolder
 from bitmill.core.axes import Grid
 from bitmill.core.errors import BadFile, Refused
-from bitmill.core.types import Quantized
+from bitmill.core.inputs import InputGrid, find_inputs
+from bitmill.core.types import Inputs, Quantized
 from bitmill.grids.integer import Integer
 from bitmill.grids.minifloat import Minifloat
 from bitmill.numerics.bits import packed_words, unpack
@@ -28,6 +29,7 @@ _ASIDE = re.compile(
 )
 _LONGEST_PATTERN = 4096
 _LARGEST = 1 << 31
+_FIXED = {"scale": "input_scale", "zero": "input_zero_point", "gain": "input_global_scale"}
 _E4M3 = {"tensor": "tensor", "channel": "channel", "block": "b128"}
 
 
@@ -44,41 +46,56 @@ def open_folder(path: Path) -> PackedFolder:
     if rotated and (not isinstance(rotated, dict) or rotated.get("config_groups")):
         raise Refused("the model is rotated while it runs", where=str(path), fix="give the original model")
     groups = _checked_groups(settings, path)
-    packed = {}
+    packed, inputs = {}, {}
     for name in folder.records:
         if name.endswith(_SCALE):
             module = name.removesuffix(_SCALE)
-            packed[f"{module}.weight"] = _weight(folder, module, _group_of(module, groups, path))
+            about, told = _group_of(module, groups, path)
+            weight = packed[f"{module}.weight"] = _weight(folder, module, about)
+            if told is not None:
+                inputs[f"{module}.weight"] = _inputs(folder, module, told, weight.shape[1])
     aside = {name for name in folder.records if _ASIDE.search(name)}
-    return PackedFolder(folder, config, packed, aside)
+    return PackedFolder(folder, config, packed, aside, inputs)
 
 
-def _checked_groups(settings: Mapping[str, Any], path: Path) -> list[tuple[list[str], Mapping[str, Any]]]:
+_Group = tuple[Mapping[str, Any], Mapping[str, Any] | None]
+"""Descriptions of the weights and of the inputs of some layers."""
+
+
+def _checked_groups(settings: Mapping[str, Any], path: Path) -> list[tuple[list[str], _Group]]:
     groups = settings.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         raise BadFile("quantization_config has no config_groups", where=str(path))
-    checked: list[tuple[list[str], Mapping[str, Any]]] = []
+    checked: list[tuple[list[str], _Group]] = []
     for name, group in groups.items():
         targets = group.get("targets") if isinstance(group, dict) else None
         weights = group.get("weights") if isinstance(group, dict) else None
         if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
             raise BadFile(f"{name} has no targets", where=str(path))
+        inputs, outputs = group.get("input_activations"), group.get("output_activations")
+        if outputs or (inputs and not isinstance(weights, dict)):
+            what = "outputs of layers" if outputs else "inputs of layers whose weights are dense"
+            raise Refused(
+                f"the model rounds {what} while it runs, which is not simulated here",
+                where=f"{path}: {name}",
+                fix="give the original model",
+            )
+        if inputs and not isinstance(inputs, dict):
+            raise BadFile(f"inputs described as {inputs!r} mean nothing", where=f"{path}: {name}")
         if isinstance(weights, dict):
-            checked.append((targets, weights))
+            checked.append((targets, (weights, inputs or None)))
     return checked
 
 
-def _group_of(
-    module: str, groups: Sequence[tuple[list[str], Mapping[str, Any]]], path: Path
-) -> Mapping[str, Any]:
-    """The weights of the group that names ``module``; a class name (``Linear``) stands for all the rest."""
+def _group_of(module: str, groups: Sequence[tuple[list[str], _Group]], path: Path) -> _Group:
+    """The group that names ``module``; a class name (``Linear``) stands for all the rest."""
     rest = []
-    for targets, weights in groups:
+    for targets, group in groups:
         for target in targets:
             if target == module or (target.startswith("re:") and _matches(target[3:], module, path)):
-                return weights
+                return group
             if target[:1].isupper():
-                rest.append(weights)
+                rest.append(group)
     if not rest:
         raise BadFile(f"{module!r} is quantized and belongs to no group", where=f"{path}: config_groups")
     return rest[0]
@@ -91,6 +108,61 @@ def _matches(pattern: str, module: str, path: Path) -> bool:
         return re.match(pattern, module) is not None
     except re.error as error:
         raise BadFile(f"{pattern!r} is not a pattern: {error}", where=f"{path}: config_groups") from error
+
+
+def _inputs(folder: TensorFolder, module: str, about: Mapping[str, Any], columns: int) -> Inputs:
+    """How the inputs of ``module`` are rounded.
+
+    Raises:
+        Refused: in a way that is not known here.
+        BadFile: what calibration fixed is missing, or is no scale.
+    """
+    grid = _input_grid(about)
+    where = f"{module} in {folder.path}"
+    if grid is None:
+        raise Refused(f"inputs rounded as {dict(about)} cannot be simulated here", where=where)
+    reason = grid.refuses(columns)
+    if reason is not None:
+        raise BadFile(reason, where=where)
+    fixed: dict[str, Tensor] = {}
+    for key in grid.fixed:
+        record = folder.record(f"{module}.{_FIXED[key]}")
+        types = ("I8", "U8", "I32", *DENSE) if key == "zero" else tuple(DENSE)
+        if record.dtype not in types or record.shape not in ((1,), (), (1, 1)):
+            raise BadFile(
+                f"{record.name!r} is {record.dtype} {list(record.shape)} and must be one number",
+                where=str(record.path),
+            )
+        fixed[key] = folder.read(record.name)
+    return checked_inputs(grid, fixed, where)
+
+
+def _input_grid(about: Mapping[str, Any]) -> InputGrid | None:
+    """The input grid that a description means, or None."""
+    bits, kind, width = about.get("num_bits", 8), about.get("type", "int"), about.get("group_size")
+    strategy, dynamic = about.get("strategy"), about.get("dynamic", False)
+    if type(bits) is not int:
+        return None
+    if strategy is None:
+        strategy = "tensor" if width is None else "group"
+    symmetric, scales = about.get("symmetric", True), about.get("scale_dtype")
+    if strategy == "tensor_group":
+        nested = (kind, bits, width, dynamic, symmetric) == ("float", 4, 16, "local", True)
+        return find_inputs("nvfp4") if nested else None
+    if (kind, strategy, width, scales, dynamic, symmetric) == (
+        "float",
+        "group",
+        32,
+        "torch.uint8",
+        True,
+        True,
+    ):
+        return find_inputs({8: "mxfp8", 6: "mxfp6-e2m3", 4: "mxfp4"}.get(bits, ""))
+    if scales not in (None, "torch.float32") or type(dynamic) is not bool:
+        return None
+    extent = f"g{width}-token" if strategy == "group" else strategy
+    element = "fp8-e4m3" if (kind, bits) == ("float", 8) else f"int{bits}" if kind == "int" else ""
+    return find_inputs(f"{element}-{extent}{'' if dynamic else '-static'}{'' if symmetric else '-asym'}")
 
 
 def _weight(folder: TensorFolder, module: str, about: Mapping[str, Any]) -> Packed:

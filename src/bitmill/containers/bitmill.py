@@ -20,6 +20,7 @@ from bitmill.checkpoint.packed_folder import (
     Packed,
     PackedFolder,
     check_parts,
+    checked_inputs,
     from_quantized,
     quantization_config,
 )
@@ -33,10 +34,11 @@ from bitmill.checkpoint.safetensors_write import (
     model_config,
     to_bytes,
 )
-from bitmill.core.axes import Checkpoint, Container, Grid
+from bitmill.core.axes import Checkpoint, Grid, InputContainer
 from bitmill.core.errors import BadFile, BadRecipe
+from bitmill.core.inputs import InputGrid, parse_inputs
 from bitmill.core.registry import parse_grid
-from bitmill.core.types import FileImage, Quantized, Row
+from bitmill.core.types import FileImage, Inputs, Quantized, Row
 from bitmill.grids.dense import Dense
 from bitmill.grids.integer import Integer
 from bitmill.grids.integer_down import IntegerDown
@@ -53,7 +55,8 @@ METHOD = "bitmill"
 VERSION = 1
 
 _WEIGHTS = "bitmill.weights"
-"""Key of the map from a weight's name to its grid and dimensions."""
+"""Key of the map from a weight's name to its grid and dimensions, and the grid of its inputs if that is told.
+"""
 
 _LARGEST = 1 << 31
 _TORCH = {
@@ -96,7 +99,7 @@ class _Layout:
 
 @final
 @dataclass(frozen=True)
-class Bitmill(Container):
+class Bitmill(InputContainer):
     """A Hugging Face folder that holds any grid known here, exactly."""
 
     single_file: ClassVar[bool] = False
@@ -113,8 +116,10 @@ class Bitmill(Container):
         """
         folder = TensorFolder(path)
         weights = parse_object(folder.metadata.get(_WEIGHTS, "{}").encode(), str(path), "the map of weights")
-        packed = {name: _packed(folder, name, entry) for name, entry in weights.items()}
-        return PackedFolder(folder, read_config(path), packed)
+        rows = {name: _row(name, entry, str(path)) for name, entry in weights.items()}
+        packed = {name: _packed(folder, row) for name, row in rows.items()}
+        inputs = {name: _inputs(folder, name, row.inputs) for name, row in rows.items() if row.inputs}
+        return PackedFolder(folder, read_config(path), packed, (), inputs)
 
     def refuses(self, grid: Grid, role: str, shape: tuple[int, ...]) -> str | None:
         if isinstance(grid, Dense):
@@ -124,6 +129,9 @@ class Bitmill(Container):
         if parse_grid(str(grid)) != grid:
             return f"the text {str(grid)!r} does not say everything about this grid"
         return grid.refuses(shape)
+
+    def refuses_inputs(self, grid: Grid, inputs: InputGrid) -> str | None:
+        return "it tells of the inputs of quantized weights only" if isinstance(grid, Dense) else None
 
     def adapt(self, grid: Grid, dtype: str) -> Grid:
         return grid
@@ -138,7 +146,11 @@ class Bitmill(Container):
         self, rows: Sequence[Row], source: Checkpoint, notes: Mapping[str, str]
     ) -> tuple[FileImage, ...]:
         tensors = {name: planned for row in rows for name, planned in _planned(row).items()}
-        weights = {row.name: [str(row.grid), *row.shape] for row in rows if not isinstance(row.grid, Dense)}
+        weights = {
+            row.name: [str(row.grid), *row.shape, *([str(row.inputs)] if row.inputs else [])]
+            for row in rows
+            if not isinstance(row.grid, Dense)
+        }
         config = model_config(source, rows)
         config["quantization_config"] = {
             "quant_method": METHOD,
@@ -158,6 +170,8 @@ class Bitmill(Container):
         parts = {f"{row.name}.codes": to_bytes(codes)}
         for name, (dtype, _) in layout.params.items():
             parts[f"{row.name}.{name}"] = to_bytes(exactly(quantized.params[name], _TORCH[dtype]))
+        for name in row.inputs.fixed if row.inputs else ():
+            parts[f"{row.name}.inputs.{name}"] = to_bytes(quantized.inputs[name].to(torch.float32))
         return parts
 
 
@@ -171,6 +185,9 @@ def _planned(row: Row) -> dict[str, Planned]:
     width = packed_words(columns, layout.bits, 8) if layout.bits else columns
     parts: dict[str, Planned] = {f"{row.name}.codes": ("U8" if layout.bits else "I8", (rows, width))}
     parts.update({f"{row.name}.{name}": planned for name, planned in layout.params.items()})
+    parts.update(
+        {f"{row.name}.inputs.{name}": ("F32", (1,)) for name in (row.inputs.fixed if row.inputs else ())}
+    )
     return parts
 
 
@@ -239,25 +256,38 @@ def _table_params(grid: Table, shape: tuple[int, int]) -> Mapping[str, Planned]:
     }
 
 
-def _packed(folder: TensorFolder, name: str, entry: object) -> Packed:
-    """The weight ``name``, once its grid and every part's type and dimensions are certain."""
-    where = str(folder.path)
-    if not isinstance(entry, list) or len(entry) != 3 or not isinstance(entry[0], str):
+def _row(name: str, entry: object, where: str) -> Row:
+    """What the map says about the weight ``name``, once it can be."""
+    if not isinstance(entry, list) or len(entry) not in (3, 4) or not isinstance(entry[0], str):
         raise BadFile(f"the entry of {name!r} is not a grid and two sizes", where=where)
-    text, *sizes = entry
+    text, sizes, inputs = entry[0], entry[1:3], entry[3] if len(entry) == 4 else None
     if not all(type(size) is int and 0 < size < _LARGEST for size in sizes):
         raise BadFile(f"{name!r} has the impossible shape {sizes}", where=where)
     try:
         grid = parse_grid(text)
+        rounded = None if inputs is None else parse_inputs(str(inputs))
     except BadRecipe as error:
         raise BadFile(f"the grid {text!r} of {name!r} is not known", where=where) from error
     shape = (sizes[0], sizes[1])
-    layout = None if isinstance(grid, Dense) or grid.refuses(shape) else _layout(grid, shape)
-    if layout is None:
+    if isinstance(grid, Dense) or grid.refuses(shape) or (rounded is not None and rounded.refuses(sizes[1])):
         raise BadFile(f"{text} cannot hold {name!r} of shape {sizes}", where=where)
-    parts = _planned(Row(name, "", None, shape, grid, True, ""))
+    return Row(name, "", None, shape, grid, True, "", None, rounded)
+
+
+def _packed(folder: TensorFolder, row: Row) -> Packed:
+    """A weight, once every part's type and dimensions are certain."""
+    shape = (row.shape[0], row.shape[1])
+    layout = _layout(row.grid, shape)
+    if layout is None:
+        raise BadFile(f"the layout of {row.grid} is not known", where=f"{row.name} in {folder.path}")
+    parts = _planned(row)
     check_parts(folder, parts)
-    return from_quantized(shape, tuple(parts), lambda: _unpacked(folder, name, grid, shape, layout))
+    return from_quantized(shape, tuple(parts), lambda: _unpacked(folder, row.name, row.grid, shape, layout))
+
+
+def _inputs(folder: TensorFolder, name: str, grid: InputGrid) -> Inputs:
+    fixed = {key: folder.read(f"{name}.inputs.{key}") for key in grid.fixed}
+    return checked_inputs(grid, fixed, f"{name} in {folder.path}")
 
 
 def _unpacked(

@@ -1,7 +1,9 @@
 """compressed-tensors folders: what llm-compressor writes and vLLM, SGLang and transformers load.
 
-Layouts by grid: integers as ``pack-quantized``, FP8 as ``naive-quantized``, MX types and NVFP4 as their own.
-The ``quantization_config`` names the layers of each grid. Weights only: activations stay as they are.
+Layouts by grid: integers as ``pack-quantized``, FP8 as ``naive-quantized``, MX types and NVFP4 as their own;
+with inputs that are rounded too, eight-bit rows as ``int-quantized`` and FP8 as ``float-quantized``. The
+``quantization_config`` names the layers of each grid and describes their inputs; scales that calibration
+fixed stand beside the weights.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ from bitmill.checkpoint.safetensors_write import (
     to_bytes,
 )
 from bitmill.containers._compressed_read import open_folder
-from bitmill.core.axes import Checkpoint, Container, Grid, torch_dtype
+from bitmill.core.axes import Checkpoint, Grid, InputContainer, torch_dtype
 from bitmill.core.errors import Refused
+from bitmill.core.inputs import InputGrid
 from bitmill.core.types import FileImage, Quantized, Row
 from bitmill.grids.dense import Dense
 from bitmill.grids.integer import Integer
@@ -40,11 +43,20 @@ METHOD = "compressed-tensors"
 _WEIGHT = ".weight"
 _SMALL = {"mxfp4": "mxfp4", "mxfp6-e2m3": "mxfp6", "mxfp8": "mxfp8", "nvfp4": "nvfp4"}
 _STRATEGY = {"channel": "channel", "tensor": "tensor", "b128": "block"}
+_WITH_SMALL = {
+    "mxfp4": ("mxfp4", "mxfp8", "fp8-e4m3-g128-token"),
+    "mxfp6-e2m3": ("mxfp6-e2m3", "mxfp8"),
+    "mxfp8": ("mxfp8",),
+    "nvfp4": ("nvfp4",),
+}
+"""Input grids that go with weights on these, by the package's own presets and their like."""
+
+_FIXED = {"scale": "input_scale", "zero": "input_zero_point", "gain": "input_global_scale"}
 
 
 @final
 @dataclass(frozen=True)
-class CompressedTensors(Container):
+class CompressedTensors(InputContainer):
     """A Hugging Face folder in the layouts of the compressed-tensors package, 0.19 or newer (MXFP6: 0.20)."""
 
     single_file: ClassVar[bool] = False
@@ -63,6 +75,16 @@ class CompressedTensors(Container):
             return "its readers take embeddings as dense values only"
         reason = _unknown(grid)
         return grid.refuses(shape) if reason is None else reason
+
+    def refuses_inputs(self, grid: Grid, inputs: InputGrid) -> str | None:
+        if isinstance(grid, Integer):
+            small = inputs.scaling != "real"
+            return "whole numbers go with int8-token, fp8-e4m3-token and their like" if small else None
+        allowed = _WITH_SMALL.get(str(grid))
+        if allowed is not None:
+            return None if str(inputs) in allowed else f"with this weight go {', '.join(allowed)}"
+        fits = isinstance(grid, Minifloat) and (inputs.element, inputs.scaling) == ("e4m3", "real")
+        return None if fits else "FP8 weights go with fp8-e4m3-token, -tensor, -tensor-static and -g128-token"
 
     def adapt(self, grid: Grid, dtype: str) -> Grid:
         """Readers hold scales in the model's own type, so a 16-bit model gets scales of that type; single
@@ -99,7 +121,13 @@ class CompressedTensors(Container):
         if isinstance(row.grid, Dense):
             return {row.name: to_bytes(quantized.codes)}
         module = row.name.removesuffix(_WEIGHT)
-        parts = _integer(row.grid, quantized) if isinstance(row.grid, Integer) else _small(quantized)
+        if isinstance(row.grid, Integer):
+            parts = _plain(row.grid, quantized) if _is_plain(row) else _integer(row.grid, quantized)
+        else:
+            parts = _small(quantized)
+        for key in row.inputs.fixed if row.inputs is not None else ():
+            value = quantized.inputs[key]
+            parts[_FIXED[key]] = exactly(value, torch.int8) if key == "zero" else value.to(torch.float32)
         return {f"{module}.{name}": to_bytes(value) for name, value in parts.items()}
 
 
@@ -128,13 +156,28 @@ def _planned(row: Row) -> dict[str, Planned]:
     if not row.name.endswith(_WEIGHT):
         raise Refused(f"only weights of layers can be on {row.grid}", where=row.name, fix="keep this tensor")
     module = row.name.removesuffix(_WEIGHT)
-    parts = _parts(row.grid, (row.shape[0], row.shape[1]))
+    parts = _parts(row.grid, (row.shape[0], row.shape[1]), _is_plain(row))
+    for key in row.inputs.fixed if row.inputs is not None else ():
+        parts[_FIXED[key]] = ("I8" if key == "zero" else "F32", (1,))
     return {f"{module}.{name}": planned for name, planned in parts.items()}
 
 
-def _parts(grid: Grid, shape: tuple[int, int]) -> dict[str, Planned]:
+def _is_plain(row: Row) -> bool:
+    """Whether whole bytes are stored, as kernels that multiply whole numbers want them."""
+    return row.inputs is not None and isinstance(row.grid, Integer) and _is_int8(row.grid, row.inputs)
+
+
+def _is_int8(grid: Integer, inputs: InputGrid) -> bool:
+    return grid.bits == 8 and grid.group == 0 and inputs.element == "int"
+
+
+def _parts(grid: Grid, shape: tuple[int, int], plain: bool) -> dict[str, Planned]:
     """Element type and dimensions of every stored tensor of one weight."""
     out, columns = shape
+    if isinstance(grid, Integer) and plain:
+        scale: Planned = (DENSE_DTYPES[_scale(grid)], (out, 1))
+        whole: dict[str, Planned] = {"weight": ("I8", shape), "weight_scale": scale}
+        return whole if grid.zero == "sym" else {**whole, "weight_zero_point": ("I8", (out, 1))}
     if isinstance(grid, Integer):
         groups = columns // grid.group if grid.group else 1
         parts: dict[str, Planned] = {
@@ -153,7 +196,7 @@ def _parts(grid: Grid, shape: tuple[int, int]) -> dict[str, Planned]:
     if grid.scaling == "mx":
         return {name: codes, "weight_scale": ("U8", (out, columns // 32))}
     if grid.scaling == "nv":
-        scale: Planned = ("F8_E4M3", (out, columns // 16))
+        scale = ("F8_E4M3", (out, columns // 16))
         return {name: codes, "weight_scale": scale, "weight_global_scale": ("F32", (1,))}
     tiles = (-(-out // 128), -(-columns // 128))
     return {
@@ -179,6 +222,17 @@ def _integer(grid: Integer, quantized: Quantized) -> dict[str, Tensor]:
     return parts
 
 
+def _plain(grid: Integer, quantized: Quantized) -> dict[str, Tensor]:
+    """Codes and zero points as signed bytes."""
+    parts = {
+        "weight": (quantized.codes.to(torch.int16) - 128).to(torch.int8),
+        "weight_scale": exactly(quantized.params["scale"], torch_dtype(_scale(grid))),
+    }
+    if grid.zero == "asym":
+        parts["weight_zero_point"] = exactly(quantized.params["zero"] - 128, torch.int8)
+    return parts
+
+
 def _small(quantized: Quantized) -> dict[str, Tensor]:
     grid, params = quantized.grid, quantized.params
     if not isinstance(grid, Minifloat):
@@ -193,17 +247,20 @@ def _small(quantized: Quantized) -> dict[str, Tensor]:
     return {**codes, "weight_scale": params["scale"].to(torch.float32)}
 
 
-def _groups(rows: Sequence[Row]) -> dict[Grid, list[str]]:
-    """Modules by grid, in order."""
-    groups: dict[Grid, list[str]] = {}
+_Kind = tuple[Grid, InputGrid | None]
+
+
+def _groups(rows: Sequence[Row]) -> dict[_Kind, list[str]]:
+    """Modules by the grids of their weights and inputs, in order."""
+    groups: dict[_Kind, list[str]] = {}
     for row in rows:
         if not isinstance(row.grid, Dense):
-            groups.setdefault(row.grid, []).append(row.name.removesuffix(_WEIGHT))
+            groups.setdefault((row.grid, row.inputs), []).append(row.name.removesuffix(_WEIGHT))
     return groups
 
 
-def _refuse_precision(groups: Mapping[Grid, Sequence[str]], dtype: str) -> None:
-    for grid, modules in groups.items():
+def _refuse_precision(groups: Mapping[_Kind, Sequence[str]], dtype: str) -> None:
+    for (grid, _), modules in groups.items():
         if str(grid) in _SMALL and dtype != "bfloat16":
             raise Refused(
                 f"readers decode {grid} to bfloat16, and the rest of this model is {dtype}",
@@ -212,7 +269,7 @@ def _refuse_precision(groups: Mapping[Grid, Sequence[str]], dtype: str) -> None:
             )
 
 
-def _settings(rows: Sequence[Row], groups: Mapping[Grid, Sequence[str]]) -> dict[str, Any]:
+def _settings(rows: Sequence[Row], groups: Mapping[_Kind, Sequence[str]]) -> dict[str, Any]:
     """The ``quantization_config``: one group a grid, and the layers that stay dense."""
     modules = [r.name.removesuffix(_WEIGHT) for r in rows if len(r.shape) == 2 and r.role != "embed"]
     chosen = {module for members in groups.values() for module in members}
@@ -220,12 +277,12 @@ def _settings(rows: Sequence[Row], groups: Mapping[Grid, Sequence[str]]) -> dict
     if "lm_head" not in modules:
         ignore.append("lm_head")  # tied: the module exists, its weight is the embedding's
     made = {}
-    for index, (grid, members) in enumerate(groups.items()):
-        layout, weights = _scheme(grid)
+    for index, ((grid, inputs), members) in enumerate(groups.items()):
+        layout, weights = _scheme(grid, inputs)
         made[f"group_{index}"] = {
             "targets": ["Linear"] if len(groups) == 1 else _named(members, modules),
             "weights": weights,
-            "input_activations": None,
+            "input_activations": None if inputs is None else _inputs(inputs),
             "output_activations": None,
             "format": layout,
         }
@@ -245,13 +302,28 @@ def _named(chosen: Sequence[str], everything: Sequence[str]) -> list[str]:
     return [f"re:{text}" if regular else text for text, regular in patterns(chosen, everything)]
 
 
-def _scheme(grid: Grid) -> tuple[str, dict[str, Any]]:
+def _inputs(inputs: InputGrid) -> dict[str, Any]:
+    """The description of inputs."""
+    about: dict[str, Any] = {
+        "num_bits": inputs.bits,
+        "type": "int" if inputs.element == "int" else "float",
+        "symmetric": inputs.symmetric,
+        "strategy": "tensor_group" if inputs.scaling == "nv" else inputs.extent,
+        "group_size": inputs.group or None,
+        "dynamic": "local" if inputs.scaling == "nv" else not inputs.static,
+    }
+    types = {"mx": "torch.uint8", "nv": "torch.float8_e4m3fn"}
+    return about if inputs.scaling == "real" else {**about, "scale_dtype": types[inputs.scaling]}
+
+
+def _scheme(grid: Grid, inputs: InputGrid | None) -> tuple[str, dict[str, Any]]:
     """Name of the layout, and the description of the weights on it."""
     about: dict[str, Any] = {"symmetric": True, "dynamic": False, "group_size": None, "actorder": None}
     if isinstance(grid, Integer):
         width = {"strategy": "group", "group_size": grid.group} if grid.group else {"strategy": "channel"}
         symmetric = grid.zero == "sym"
-        return "pack-quantized", {
+        plain = inputs is not None and _is_int8(grid, inputs)
+        return "int-quantized" if plain else "pack-quantized", {
             **about,
             "num_bits": grid.bits,
             "type": "int",
@@ -268,4 +340,5 @@ def _scheme(grid: Grid) -> tuple[str, dict[str, Any]]:
         layout = "mxfp8-quantized" if grid.element == "e4m3" else f"{_SMALL[str(grid)]}-pack-quantized"
         return layout, {**about, "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
     block = {"block_structure": [128, 128]} if grid.scaling == "b128" else {}
-    return "naive-quantized", {**about, "strategy": _STRATEGY[grid.scaling], **block}
+    layout = "naive-quantized" if inputs is None else "float-quantized"
+    return layout, {**about, "strategy": _STRATEGY[grid.scaling], **block}

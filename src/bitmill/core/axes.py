@@ -250,7 +250,8 @@ class Transform(ABC):
     """A change of basis that makes weights easier to store; members are frozen dataclasses."""
 
     needs: ClassVar[str]
-    """``nothing`` (known before the walk) or ``gram`` (fitted from moments, block by block)."""
+    """``nothing`` (known before the walk), or what it is fitted from, block by block: ``diagonal`` moments or
+    a ``gram`` matrix."""
 
     kind: ClassVar[str]
     """``diagonal`` or ``orthogonal``: what the seam must allow."""

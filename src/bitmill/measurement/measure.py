@@ -8,6 +8,7 @@ logits.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from bitmill.calibrate.corpus import Text, default_evaluation, load_texts
 from bitmill.calibrate.stream import Block, Stream
 from bitmill.calibrate.windows import Windows, overlap, tokenizer_of, windows
-from bitmill.core.axes import Checkpoint
+from bitmill.core.axes import Checkpoint, inputs_of
 from bitmill.core.errors import Refused
 from bitmill.core.types import Note
 from bitmill.measurement.logits import Ids, Positions, Scores, Summary, rows_at_once, summarize
@@ -127,6 +128,7 @@ def measure_all(
         pooled, by_kind = _summaries(positions, kinds, how.seed, file)
         if not table.same_basis:
             said = (*said, _FOLDED)
+        said = (*said, *_rounding(file))
         seen, origin = calibration_of(file.path)
         records.append(
             Record(
@@ -159,6 +161,15 @@ _FOLDED = Note(
     "its norms are not the original's: scales, rotations or permutations were folded into the weights, "
     "so that errors tensor by tensor say nothing",
 )
+
+
+def _rounding(file: Checkpoint) -> tuple[Note, ...]:
+    """What the file says of its linears' inputs, which this measurement then did."""
+    kinds = Counter(str(how.grid) for how in inputs_of(file).values())
+    return tuple(
+        Note("inputs", str(file.path), f"inputs of {count} linears are rounded to {kind}, as the file says")
+        for kind, count in kinds.most_common()
+    )
 
 
 def _opened(model: str | Checkpoint) -> Checkpoint:

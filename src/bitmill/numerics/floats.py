@@ -92,6 +92,11 @@ def power_of_two(exponents: Tensor) -> Tensor:
     return torch.where(wide == 255, torch.nan, value)
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite; one pass, no mask."""
+    return values.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
+
+
 def _values(element: Element) -> Tensor:
     """Value of every code of ``element``, which has no infinities or NaNs: ``2**bits`` float32."""
     half = 2 ** (element.bits - 1)
