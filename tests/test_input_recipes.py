@@ -229,6 +229,10 @@ def test_a_conversion_carries_input_grids_or_says_that_it_does_not(model: Path, 
     report = convert(str(tmp_path / "ct"), "safetensors", tmp_path / "dense", dtype="f32")
     said = [text for text in report.plan["remarks"] if "inputs" in text]
     assert len(said) == 1 and "the inputs of 21 weights are rounded to int8-tensor-static-asym" in said[0]
+    convert(str(tmp_path / "ct"), "nearest : int8-channel-sym-sf32, input=int8-token", tmp_path / "token")
+    assert {str(how.grid) for how in inputs_of(open_source(str(tmp_path / "token"))).values()} == {
+        "int8-token"
+    }
     with pytest.raises(Refused, match="a conversion runs no model"):
         convert(str(tmp_path / "ct"), "nearest : int8-channel-sym, input=int8-tensor-static", tmp_path / "no")
 

@@ -267,7 +267,7 @@ def _told(row: Row, wanted: Mapping[str, Inputs], found: Mapping[str, Inputs]) -
     """Whether a file says of rounding a linear's inputs what it should."""
     if row.inputs is None or row.name not in found:
         return row.inputs is None and row.name not in found
-    one = wanted[row.name].fixed if row.name in wanted else {}
+    one = wanted[row.name].fixed if row.name in wanted and row.inputs.fixed else {}
     other = found[row.name]
     same = other.grid == row.inputs and set(one) == set(other.fixed)
     return same and all(torch.equal(one[k].flatten(), other.fixed[k].flatten()) for k in one)
