@@ -22,7 +22,10 @@ from bitmill.core.errors import BadFile, Refused
 from bitmill.core.registry import parse_grid
 from bitmill.core.types import Quantized, Row
 from bitmill.grids.integer import Integer
-from bitmill.source import open_path
+from bitmill.mill import quantize
+from bitmill.planning import plan
+from bitmill.recipe import parse
+from bitmill.source import open_path, open_source
 from tests.tiny import make_model
 from tests.written import Written, rows_of, write
 
@@ -407,3 +410,27 @@ def test_nothing_quantized_is_a_plain_folder(source: SafetensorsFolder, tmp_path
         again = open_path(out.path)
         assert isinstance(again, SafetensorsFolder)
         assert all(torch.equal(again.read(n), source.read(n)) for n in source.tensors)
+
+
+def test_scales_that_nothing_here_reads_are_named(tmp_path: Path) -> None:
+    """A cache's scales change what the folder's own runtime computes: whoever goes on from it is told."""
+    folder = tmp_path / "folder"
+    source = SafetensorsFolder(make_model(tmp_path / "model"))
+    quantize(source, "nearest : fp8-e4m3-channel > compressed-tensors", folder)
+    assert not any("left out" in text for text in plan(parse("hf-f32"), open_source(str(folder))).remarks)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.self_attn.k_scale"] = torch.ones(1)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    source = open_source(str(folder))
+    assert any(
+        "1 stored scales" in text and "k_scale" in text for text in plan(parse("hf-f32"), source).remarks
+    )
+
+
+def test_an_option_for_a_role_that_no_tensor_has_is_remarked(tmp_path: Path) -> None:
+    source = open_source(str(make_model(tmp_path / "model")))
+    line = "nearest : int4-g32-sym, head=int8-channel-sym, keep=router+v > compressed-tensors"
+    said = plan(parse(line), source).remarks
+    assert any("keep=router is for no tensor" in text for text in said)
+    assert any("head=int8-channel-sym is for no tensor" in text for text in said)
+    assert not any("keep=v" in text for text in said)

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from bitmill.checkpoint.read_only import ReadOnly
-from bitmill.checkpoint.stored_types import type_of
+from bitmill.checkpoint.stored_types import type_of, unread
 from bitmill.core import registry
 from bitmill.core.axes import (
     Checkpoint,
@@ -140,6 +140,7 @@ def plan_conversion(
         *_growth(rows, source),
         *_losses(closest, lost),
         *unsaid,
+        *filter(None, [unread(source)]),
     ]
     return _made(recipe, family, rows, files, container, source, chosen, tuple(remarks), out)
 

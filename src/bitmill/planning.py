@@ -23,7 +23,7 @@ from bitmill.allocation.mixture import Mixture, demands_importance
 from bitmill.allocation.uniform import Uniform
 from bitmill.checkpoint.gguf_arch import architecture_of_model
 from bitmill.checkpoint.gguf_config import unheard
-from bitmill.checkpoint.stored_types import requantized
+from bitmill.checkpoint.stored_types import requantized, unread
 from bitmill.core import registry
 from bitmill.core.axes import Allocation, Checkpoint, Choice, Container, Grid, Weight, total_bytes
 from bitmill.core.errors import Refused
@@ -233,7 +233,7 @@ def plan(
         needs = "diagonal"
     remarks += _unheard(recipe, rows, container, checkpoint)
     again = requantized(checkpoint) if any(str(row.grid) not in BYTES for row in rows) else None
-    remarks += (again,) if again is not None else ()
+    remarks += tuple(said for said in (again, unread(checkpoint)) if said is not None)
     if recipe.container == "gguf":
         remarks += unheard(checkpoint.config, architecture_of_model(checkpoint.config))
     _refuse_rows(recipe, rows, container, solver, strict)
@@ -369,13 +369,15 @@ def _unheard(
         stored = [_stored(container, checkpoint, row.name, row.shape) for row in matrices]
         unused = [p for p, _ in recipe.tensors if not any(re.search(p, name) for name in stored)]
         remarks += [f"/{pattern}/ is in no matrix's name" for pattern in unused]
-    head = dict(recipe.roles).get("head")
-    if recipe.is_mixture and head is not None and not any(row.role == "head" for row in rows):
-        embed = next((row for row in rows if row.role == "embed"), None)
-        if embed is not None and head not in (str(embed.grid), embed.fallback):
-            remarks.append(
-                f"head={head} is for no tensor: the embedding is also the head, and has its own type"
-            )
+    present = {row.role: row for row in rows}
+    remarks += [f"keep={role} is for no tensor" for role in recipe.keep if role not in present]
+    for role, grid in recipe.roles:
+        embed = present.get("embed")
+        if role in present or (role == "head" and embed and grid in (str(embed.grid), embed.fallback)):
+            continue
+        shared = role == "head" and embed is not None
+        why = ": the embedding is also the head, and is on a grid of its own" if shared else ""
+        remarks.append(f"{role}={grid} is for no tensor{why}")
     return tuple(remarks)
 
 

@@ -67,6 +67,8 @@ class PackedFolder(InputCheckpoint):
         self.folder = folder
         self._packed = packed
         self._inputs = MappingProxyType(dict(inputs or {}))
+        told = {name.rpartition(".")[0] for name in self._inputs}
+        self._unread = tuple(name for name in sorted(aside) if not _is_input(name, told))
         owners: dict[str, str] = {}
         for name, weight in packed.items():
             for part in weight.parts:
@@ -99,6 +101,11 @@ class PackedFolder(InputCheckpoint):
     @property
     def inputs(self) -> Mapping[str, Inputs]:
         return self._inputs
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Stored scales that change what the model's own runtime computes, and nothing here."""
+        return self._unread
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -141,6 +148,12 @@ class PackedFolder(InputCheckpoint):
     @property
     def digest(self) -> str:
         return self._digest
+
+
+def _is_input(name: str, modules: Collection[str]) -> bool:
+    """Whether ``name`` is of the inputs of one of ``modules``."""
+    module, _, part = name.rpartition(".")
+    return part.startswith("input_") and module in modules
 
 
 def from_quantized(shape: tuple[int, int], parts: tuple[str, ...], unpack: Callable[[], Quantized]) -> Packed:

@@ -36,6 +36,15 @@ def requantized(checkpoint: Checkpoint) -> str | None:
     return f"the source is quantized already ({listed}) and both losses add up: prefer the original model"
 
 
+def unread(checkpoint: Checkpoint) -> str | None:
+    """The sentence for a source whose runtime also rounds what no grid here describes, or None."""
+    names = checkpoint.unread if isinstance(checkpoint, PackedFolder) else ()
+    if not names:
+        return None
+    kinds = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+    return f"{len(names)} stored scales of activations or of a cache are left out: {kinds}"
+
+
 def type_of(checkpoint: Checkpoint, name: str) -> str:
     """The type that stores a tensor, or the method of a folder of packed weights; else its dtype."""
     if isinstance(checkpoint, GgufCheckpoint):

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from bitmill.calibrate.corpus import Text, default_evaluation, load_texts
 from bitmill.calibrate.stream import Block, Stream
 from bitmill.calibrate.windows import Windows, overlap, tokenizer_of, windows
+from bitmill.checkpoint.stored_types import unread
 from bitmill.core.axes import Checkpoint, inputs_of
 from bitmill.core.errors import Refused
 from bitmill.core.types import Note
@@ -166,10 +167,12 @@ _FOLDED = Note(
 def _rounding(file: Checkpoint) -> tuple[Note, ...]:
     """What the file says of its linears' inputs, which this measurement then did."""
     kinds = Counter(str(how.grid) for how in inputs_of(file).values())
-    return tuple(
+    told = [
         Note("inputs", str(file.path), f"inputs of {count} linears are rounded to {kind}, as the file says")
         for kind, count in kinds.most_common()
-    )
+    ]
+    left_out = unread(file)
+    return (*told, *([Note("inputs", str(file.path), left_out)] if left_out else []))
 
 
 def _opened(model: str | Checkpoint) -> Checkpoint:
