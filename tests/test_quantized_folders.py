@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from bitmill.checkpoint.patterns import patterns
 from bitmill.checkpoint.safetensors import SafetensorsFolder
+from bitmill.containers.auto_round import AutoRound
 from bitmill.containers.awq import Awq
 from bitmill.containers.bitmill import Bitmill
 from bitmill.containers.compressed_tensors import CompressedTensors
@@ -188,6 +189,8 @@ def parsed(row: Row, grid: str) -> Row:
         (CompressedTensors(), "fp8-e5m2-channel", "> bitmill"),
         (CompressedTensors(), "int8-tensor-sym", "whole tensor"),
         (Gptq(), "int4-g32-fz", "> hqq"),
+        (AutoRound(), "int4-g32-asym", "-sym"),
+        (AutoRound(), "int5-g32-sym", "2, 3, 4 or 8"),
         (Awq(), "int3-g32-asym", "> gptq"),
         (Awq(), "int4-g32-fz", "-asym"),
         (Awq(), "nvfp4", "> bitmill"),
@@ -292,6 +295,32 @@ def test_settings_of_awq_that_lie(
     reconfigured(out.path, **changes)
     with pytest.raises((BadFile, Refused), match=said):
         open_path(out.path)
+
+
+def test_settings_of_auto_round(source: SafetensorsFolder, tmp_path: Path) -> None:
+    out = written(AutoRound(), source, "int4-g32-sym", tmp_path, down="int8-channel-sym", o="bf16")
+    found = settings_of(out.path)
+    wanted = {"bits": 4, "group_size": 32, "sym": True, "packing_format": "auto_round:auto_gptq"}
+    assert {key: found[key] for key in wanted} == wanted
+    extra = found["extra_config"]
+    assert extra["model.layers.2.mlp.down_proj"]["group_size"] == -1 and len(extra) == 6
+    assert extra["model.layers.0.self_attn.o_proj"]["bits"] == 16
+    again = open_path(out.path)
+    assert all(torch.equal(again.read(n).float(), q.dense()) for n, q in out.quantized.items())
+    for changes, said in (
+        ({"packing_format": "auto_round:exllamav2"}, "packed as"),
+        ({"packing_format": ["auto_round"]}, "packed as"),
+        ({"packing_format": "auto_round:auto_awq"}, "words|must be|groups"),
+        ({"bits": 5}, "5 bits"),
+        ({"data_type": "mx_fp"}, "packed as"),
+        ({"packing_format": "auto_round", "model_free": True, "sym": False}, "model-free"),
+        ({"extra_config": {}, "packing_format": "auto_round:auto_gptq"}, "words|groups"),
+    ):
+        before = (out.path / "config.json").read_text()
+        reconfigured(out.path, **changes)
+        with pytest.raises((BadFile, Refused), match=said):
+            open_path(out.path)
+        (out.path / "config.json").write_text(before)
 
 
 def test_version_two_is_written_and_said(source: SafetensorsFolder, tmp_path: Path) -> None:
