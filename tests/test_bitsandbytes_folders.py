@@ -14,9 +14,13 @@ from torch import Tensor
 
 from bitmill.checkpoint.safetensors import SafetensorsFolder
 from bitmill.containers.bitsandbytes import Bitsandbytes
+from bitmill.core.axes import inputs_of
 from bitmill.core.errors import BadFile, Refused
 from bitmill.core.registry import parse_grid
 from bitmill.core.types import Quantized, Row
+from bitmill.mill import quantize
+from bitmill.planning import plan
+from bitmill.recipe import parse
 from bitmill.source import open_path
 from tests.tiny import EXPERTS, make_model
 from tests.written import Written, rows_of, write
@@ -224,3 +228,21 @@ def test_rows_that_were_tiled_for_a_gpu(source: SafetensorsFolder, tmp_path: Pat
         open_path(out.path)
     save(out, {k: v for k, v in tensors.items() if not k.endswith("weight_format")})
     assert torch.equal(open_path(out.path).read(WEIGHT), out.quantized[WEIGHT].dense())
+
+
+def test_eight_bits_say_what_their_inputs_become(tmp_path: Path) -> None:
+    """The runtime rounds them unasked: the plan and the file say so. Those of 4 bits it leaves."""
+    source = SafetensorsFolder(make_model(tmp_path / "model"))
+    made = plan(parse("int8"), source)
+    assert {str(row.inputs) for row in made.rows if row.solved} == {"llm-int8"}
+    assert any("llm-int8 at run time" in text for text in made.remarks)
+    quantize(source, "int8", tmp_path / "eight")
+    found = inputs_of(open_path(tmp_path / "eight"))
+    assert set(found) == {row.name for row in made.rows if row.solved}
+    assert not any(row.inputs for row in plan(parse("nf4"), source).rows)
+    with pytest.raises(Refused, match="8-bit layers round inputs to llm-int8"):
+        plan(parse("nearest : llm-int8, input=int8-token > bitsandbytes"), source)
+    config = tmp_path / "eight" / "config.json"
+    config.write_text(config.read_text().replace('"llm_int8_threshold": 6.0', '"llm_int8_threshold": "6"'))
+    with pytest.raises(BadFile, match="llm_int8_threshold"):
+        open_path(tmp_path / "eight")

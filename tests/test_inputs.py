@@ -12,12 +12,13 @@ from bitmill.calibrate.stream import Stream
 from bitmill.core.errors import BadRecipe, Refused
 from bitmill.core.inputs import EXAMPLES, InputGrid, find_inputs, parse_inputs
 from bitmill.core.types import Inputs, Moments
+from bitmill.numerics import llm_int8
 from bitmill.numerics.inputs import fixed_params, rounded
 from bitmill.numerics.linear_maps import Diagonal, Permutation
 from bitmill.source import open_source
 from tests.tiny import make_model, tokens
 
-GRIDS = [parse_inputs(text) for text in EXAMPLES]
+GRIDS = [parse_inputs(text) for text in EXAMPLES if text != "llm-int8"]  # which leaves channels out
 LEVELS = {
     "e2m1": [0, 0.5, 1, 1.5, 2, 3, 4, 6],
     "e2m3": [m / 8 for m in range(16)]
@@ -130,7 +131,8 @@ def test_with_fixed_scales_rounding_twice_is_rounding_once(grid: InputGrid) -> N
 
 
 def test_names_and_the_closest_of_them() -> None:
-    for text, grid in zip(EXAMPLES, GRIDS, strict=True):
+    for text in EXAMPLES:
+        grid = parse_inputs(text)
         assert str(grid) == text and find_inputs(text) == grid
     same = {"int8-token-sym": "int8-token", "int4-g128": "int4-g128-token", "mxfp6": "mxfp6-e2m3"}
     same |= {"int8-tensor-asym-static": "int8-tensor-static-asym"}
@@ -194,3 +196,22 @@ def test_ranges_follow_the_channels_through_maps_and_sums() -> None:
     assert moments.merged(mapped).range == (torch.tensor(-8.0), torch.tensor(6.0))
     assert Moments(4, size.square(), size, size).range == (torch.tensor(-4.0), torch.tensor(4.0))
     assert Moments(4, size.square()).range is None
+
+
+def test_llm_int8_rounds_by_token_and_leaves_loud_channels() -> None:
+    """Against its product on codes, sequence by sequence."""
+    grid, x = parse_inputs("llm-int8"), activations()
+    codes = torch.randint(-127, 128, (24, 256), generator=torch.Generator().manual_seed(1)).to(torch.int8)
+    absmax = torch.rand(24, generator=torch.Generator().manual_seed(2))
+    made = rounded(grid, x, {})
+    assert torch.equal(made[..., 7], x[..., 7]) and not torch.equal(made, x)
+    for sequence, values in zip(x, made, strict=True):
+        want = llm_int8.matmul(sequence, codes, absmax)
+        torch.testing.assert_close(
+            values @ llm_int8.decode(codes, absmax[:, None]).T,
+            want,
+            rtol=0,
+            atol=1e-5 * float(want.abs().max()),
+        )
+    assert parse_inputs("llm-int8-0").threshold == 0
+    assert not torch.equal(rounded(parse_inputs("llm-int8-0"), x, {})[..., 7], x[..., 7])

@@ -31,7 +31,7 @@ def with_inputs(rows: Sequence[Row], text: str | None, container: Container, cal
         Refused: no file of this container says that, for a weight on this grid or of this shape.
     """
     if text is None:
-        return tuple(rows)
+        return tuple(_implied(row, container) for row in rows)
     grid = parse_inputs(text)
     placed = {row.name for row in rows if row.solved and str(row.grid) not in _DENSE}
     if not placed:
@@ -56,6 +56,12 @@ def with_inputs(rows: Sequence[Row], text: str | None, container: Container, cal
             raise Refused(f"weights on {row.grid} with inputs on {grid}: {reason}", where=row.name)
         made.append(replace(row, inputs=grid))
     return tuple(made)
+
+
+def _implied(row: Row, container: Container) -> Row:
+    if not row.solved or not isinstance(container, InputContainer):
+        return row
+    return replace(row, inputs=container.implied_inputs(row.grid))
 
 
 def input_remarks(rows: Sequence[Row], source: Checkpoint) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from bitmill.checkpoint.packed_folder import Packed, PackedFolder, check_parts, 
 from bitmill.checkpoint.safetensors import TensorFolder
 from bitmill.checkpoint.safetensors_write import Planned
 from bitmill.core.errors import BadFile, Refused
-from bitmill.core.types import Quantized
+from bitmill.core.inputs import InputGrid
+from bitmill.core.types import Inputs, Quantized
 from bitmill.grids.llm_int8 import LlmInt8
 from bitmill.grids.table import Table
 from bitmill.numerics.floats import dynamic_map
+from bitmill.numerics.llm_int8 import THRESHOLD
 
 KINDS = ("nf4", "fp4")
 NESTED = 256
@@ -30,6 +33,7 @@ _LONGEST_STATE = 4096
 _LARGEST = 1 << 31
 _MOST_BLOCK = 1 << 16
 _STORAGE = ("U8", "I8", "F16", "BF16", "F32")
+_LOUDEST = 1000.0
 _NEAR = 1e-6  # tables were once computed, and differ in the last place
 
 
@@ -42,6 +46,8 @@ def open_folder(path: Path) -> PackedFolder:
     """
     folder, config = TensorFolder(path), read_config(path)
     packed: dict[str, Packed] = {}
+    inputs: dict[str, Inputs] = {}
+    rounds = _rounds(config["quantization_config"], path)
     for name in folder.records:
         whole, state, kind = name.partition(_STATE)
         if state:
@@ -51,10 +57,20 @@ def open_folder(path: Path) -> PackedFolder:
         elif name.endswith(_SCALE):
             module = name.removesuffix(_SCALE)
             packed[f"{module}.weight"] = _integers(folder, module)
+            if ".layers." in module:  # a quantized head rounds its inputs as well, which nothing here does
+                inputs[f"{module}.weight"] = rounds
     for record in folder.records.values():
         if record.dtype == "I8" and record.name not in packed:
             raise BadFile(f"{record.name!r} has no scales beside it", where=str(record.path))
-    return PackedFolder(folder, config, packed)
+    return PackedFolder(folder, config, packed, (), inputs)
+
+
+def _rounds(settings: Mapping[str, Any], path: Path) -> Inputs:
+    """What 8-bit layers do to their inputs."""
+    threshold = settings.get("llm_int8_threshold", THRESHOLD)
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold < _LOUDEST:
+        raise BadFile(f"llm_int8_threshold is {threshold!r}", where=str(path / "config.json"))
+    return Inputs(InputGrid("int", 8, "token", scaling="loud", threshold=float(threshold)))
 
 
 def _integers(folder: TensorFolder, module: str) -> Packed:

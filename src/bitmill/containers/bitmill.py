@@ -133,6 +133,9 @@ class Bitmill(InputContainer):
     def refuses_inputs(self, grid: Grid, inputs: InputGrid) -> str | None:
         return "it tells of the inputs of quantized weights only" if isinstance(grid, Dense) else None
 
+    def implied_inputs(self, grid: Grid) -> InputGrid | None:
+        return None
+
     def adapt(self, grid: Grid, dtype: str) -> Grid:
         return grid
 

@@ -27,8 +27,9 @@ from bitmill.checkpoint.safetensors_write import (
     to_bytes,
 )
 from bitmill.containers._bitsandbytes_read import KINDS, NESTED, open_folder
-from bitmill.core.axes import Checkpoint, Container, Grid
+from bitmill.core.axes import Checkpoint, Grid, InputContainer
 from bitmill.core.errors import Refused
+from bitmill.core.inputs import InputGrid
 from bitmill.core.types import FileImage, Quantized, Row
 from bitmill.families.base import LINEAR_ROLES, is_expert
 from bitmill.grids.dense import Dense
@@ -39,6 +40,9 @@ from bitmill.numerics.llm_int8 import THRESHOLD
 
 METHOD = "bitsandbytes"
 
+ROUNDS = InputGrid("int", 8, "token", scaling="loud", threshold=THRESHOLD)
+"""What 8-bit layers that are written here do to their inputs."""
+
 _WEIGHT = ".weight"
 _WIDTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _TORCH_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -48,7 +52,7 @@ _LARGEST_OFFSET = "-" + "9" * (_OFFSET - 1)
 
 @final
 @dataclass(frozen=True)
-class Bitsandbytes(Container):
+class Bitsandbytes(InputContainer):
     """A Hugging Face folder for bitsandbytes 0.46.1 or newer: 4-bit tables, or 8-bit integers."""
 
     single_file: ClassVar[bool] = False
@@ -73,6 +77,16 @@ class Bitsandbytes(Container):
         if grid.width not in _WIDTHS:
             return f"its blocks have {', '.join(map(str, _WIDTHS))} values, not {grid.width}"
         return grid.refuses(shape)
+
+    def refuses_inputs(self, grid: Grid, inputs: InputGrid) -> str | None:
+        if inputs == self.implied_inputs(grid):
+            return None
+        if isinstance(grid, LlmInt8):
+            return f"its 8-bit layers round inputs to {ROUNDS}, and to nothing else; > bitmill holds both"
+        return "its 4-bit layers leave inputs as they are; > bitmill holds both"
+
+    def implied_inputs(self, grid: Grid) -> InputGrid | None:
+        return ROUNDS if isinstance(grid, LlmInt8) else None
 
     def adapt(self, grid: Grid, dtype: str) -> Grid:
         return grid

@@ -86,6 +86,9 @@ class CompressedTensors(InputContainer):
         fits = isinstance(grid, Minifloat) and (inputs.element, inputs.scaling) == ("e4m3", "real")
         return None if fits else "FP8 weights go with fp8-e4m3-token, -tensor, -tensor-static and -g128-token"
 
+    def implied_inputs(self, grid: Grid) -> InputGrid | None:
+        return None
+
     def adapt(self, grid: Grid, dtype: str) -> Grid:
         """Readers hold scales in the model's own type, so a 16-bit model gets scales of that type; single
         precision holds any, and 16 bits are enough."""

@@ -454,6 +454,11 @@ class InputContainer(Container):
         """Why no file here says that a linear with its weight on ``grid`` gets its inputs on ``inputs``, and
         which would; or None."""
 
+    @abstractmethod
+    def implied_inputs(self, grid: Grid) -> InputGrid | None:
+        """What readers of this file round the inputs of a linear with its weight on ``grid`` to, whether or
+        not anybody asks; None where they leave them."""
+
 
 def torch_dtype(name: str) -> torch.dtype:
     """``f32 f16 bf16`` to torch's own name."""

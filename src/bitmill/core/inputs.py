@@ -16,14 +16,19 @@ _TEXT = re.compile(
     r"(int[2-8]|fp8-e4m3)-(token|tensor|g[1-9]\d{0,5}(?:-token)?)(?:-(static))?(?:-(sym|asym))?(?:-(static))?"
 )
 _SMALL = {"mxfp8": ("e4m3", 8), "mxfp6-e2m3": ("e2m3", 6), "mxfp4": ("e2m1", 4), "nvfp4": ("e2m1", 4)}
+_LOUD = re.compile(r"llm-int8(?:-(\d{1,3}(?:\.\d{1,6})?))?")
 _ALSO = {"mxfp6": "mxfp6-e2m3", "mxfp8-e4m3": "mxfp8", "mxfp4-e2m1": "mxfp4"}
 
 EXAMPLES = (
     "int8-token", "int8-token-asym", "int8-tensor", "int8-tensor-static", "int8-tensor-static-asym",
     "int4-token", "int4-g128-token", "fp8-e4m3-token", "fp8-e4m3-tensor", "fp8-e4m3-tensor-static",
-    "fp8-e4m3-g128-token", "mxfp8", "mxfp6-e2m3", "mxfp4", "nvfp4",
+    "fp8-e4m3-g128-token", "mxfp8", "mxfp6-e2m3", "mxfp4", "nvfp4", "llm-int8",
 )  # fmt: skip
 """Spellings that help and documentation show."""
+
+
+LOUD = 6.0
+"""Magnitude from which LLM.int8() keeps a channel out of the rounding, where nothing else is said."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,9 @@ class InputGrid:
         group: channels of a group; 0 for the others.
         symmetric: whether there is no zero point.
         static: whether scale (and zero point) are fixed by calibration.
-        scaling: ``real``; ``mx``, powers of two; ``nv``, E4M3 under one fixed gain.
+        scaling: ``real``; ``mx``, powers of two; ``nv``, E4M3 under one fixed gain; ``loud``, LLM.int8()'s:
+            whole numbers up to 127, and channels that reach ``threshold`` anywhere in a sequence as they are.
+        threshold: of ``loud``; at 0 no channel is left out.
     """
 
     element: str
@@ -48,10 +55,13 @@ class InputGrid:
     symmetric: bool = True
     static: bool = False
     scaling: str = "real"
+    threshold: float = 0.0
 
     def __str__(self) -> str:
         if self.scaling == "nv":
             return "nvfp4"
+        if self.scaling == "loud":
+            return "llm-int8" if self.threshold == LOUD else f"llm-int8-{self.threshold:g}"
         kind = f"int{self.bits}" if self.element == "int" else f"fp{self.bits}-{self.element}"
         if self.scaling == "mx":
             return f"mxfp{self.bits}" + (f"-{self.element}" if self.bits == 6 else "")
@@ -81,6 +91,10 @@ def find_inputs(text: str) -> InputGrid | None:
         element, bits = _SMALL[text]
         nested = text == "nvfp4"
         return InputGrid(element, bits, "group", 16 if nested else 32, scaling="nv" if nested else "mx")
+    loud = _LOUD.fullmatch(text)
+    if loud is not None:
+        threshold = LOUD if loud[1] is None else float(loud[1])
+        return InputGrid("int", 8, "token", scaling="loud", threshold=threshold)
     found = _TEXT.fullmatch(text)
     if found is None:
         return None

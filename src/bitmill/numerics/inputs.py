@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bitmill.core.errors import Refused
 from bitmill.core.inputs import InputGrid
 from bitmill.core.types import Inputs, Params
+from bitmill.numerics import llm_int8
 from bitmill.numerics.floats import ELEMENTS, power_of_two, round_to
 
 _E4M3, _E2M1 = ELEMENTS["e4m3"], ELEMENTS["e2m1"]
@@ -43,6 +44,8 @@ def fixed_params(grid: InputGrid, low: Tensor, high: Tensor, dtype: torch.dtype)
 
 def rounded(grid: InputGrid, x: Tensor, fixed: Params) -> Tensor:
     """``x`` (``… tokens in``, any float type) as the layer's matrix product sees it, in ``x``'s own type."""
+    if grid.scaling == "loud":
+        return llm_int8.rounded(x, grid.threshold)
     wide = x.to(torch.float32)
     if grid.group:
         wide = wide.unflatten(-1, (-1, grid.group))

@@ -58,6 +58,16 @@ def quantize_rows(x: Tensor, threshold: float = THRESHOLD) -> tuple[Tensor, Tens
     return codes, absmax, features
 
 
+def rounded(x: Tensor, threshold: float = THRESHOLD) -> Tensor:
+    """``x`` (``… tokens in``) as :func:`matmul` sees it, each sequence of tokens a batch of its own."""
+    if x.dim() > 2:
+        return torch.stack([rounded(part, threshold) for part in x])
+    codes, absmax, loud = quantize_rows(x, threshold)
+    values = decode(codes, absmax[:, None]).to(x.dtype)
+    values[:, loud] = x[:, loud]
+    return values
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``a bᵀ`` of int8 matrices ``m k`` and ``n k``: ``m n`` int32, exact."""
     total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
