@@ -20,7 +20,7 @@ demo: $(VENV)/.installed ## quantize a small model in two ways and measure what 
 	@PATH="$(abspath $(VENV))/bin:$$PATH" bash examples/demo.sh $(OUT)
 
 test: $(VENV)/.tested ## the whole test suite
-	$(PY) -m pytest -q --durations=15 $(ARGS)
+	$(PY) -m pytest -q --durations=15 -n 2 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.linted ## style, types, and docs that are current
 	$(PY) -m ruff check .

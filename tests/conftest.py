@@ -1,4 +1,5 @@
-"""What every test shares: two threads, no network, the embedded model, property tests without deadlines."""
+"""What every test shares: two threads in all, no network, the embedded model, property tests without
+deadlines."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ settings.load_profile("bitmill")
 
 @pytest.fixture(scope="session", autouse=True)
 def _two_threads() -> None:
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    side_by_side = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, min(2, torch.get_num_threads()) // side_by_side))
 
 
 @pytest.fixture(scope="session")

