@@ -463,3 +463,4 @@ def test_an_option_for_a_role_that_no_tensor_has_is_remarked(tmp_path: Path) -> 
     assert any("keep=router is for no tensor" in text for text in said)
     assert any("head=int8-channel-sym is for no tensor" in text for text in said)
     assert not any("keep=v" in text for text in said)
+    assert not any("no tensor" in text for text in plan(parse("mlx-4bit"), source).remarks)

@@ -231,7 +231,7 @@ def plan(
     remarks += input_remarks(rows, checkpoint)
     if needs == "nothing" and any(row.inputs.fixed for row in rows if row.inputs is not None):
         needs = "diagonal"
-    remarks += _unheard(recipe, rows, container, checkpoint)
+    remarks += _unheard(recipe, rows, container, checkpoint, dtype)
     again = requantized(checkpoint) if any(str(row.grid) not in BYTES for row in rows) else None
     remarks += tuple(said for said in (again, unread(checkpoint)) if said is not None)
     if recipe.container == "gguf":
@@ -360,7 +360,7 @@ def _blind(recipe: Recipe, rows: Sequence[Row]) -> Row | None:
 
 
 def _unheard(
-    recipe: Recipe, rows: Sequence[Row], container: Container, checkpoint: Checkpoint
+    recipe: Recipe, rows: Sequence[Row], container: Container, checkpoint: Checkpoint, dtype: str
 ) -> tuple[str, ...]:
     """What the recipe says of single tensors, and no tensor is that way."""
     remarks = []
@@ -373,7 +373,8 @@ def _unheard(
     remarks += [f"keep={role} is for no tensor" for role in recipe.keep if role not in present]
     for role, grid in recipe.roles:
         embed = present.get("embed")
-        if role in present or (role == "head" and embed and grid in (str(embed.grid), embed.fallback)):
+        settled = str(container.adapt(registry.parse_grid(grid), dtype))
+        if role in present or (role == "head" and embed and settled in (str(embed.grid), embed.fallback)):
             continue
         shared = role == "head" and embed is not None
         why = ": the embedding is also the head, and is on a grid of its own" if shared else ""
