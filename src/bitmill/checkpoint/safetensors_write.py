@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from types import MappingProxyType
 from typing import Any
@@ -75,6 +75,29 @@ def folder_images(
     texts = {CONFIG: json_bytes(dict(config)), **source.carried, **(more or {})}
     small = [text_image(path, data) for path, data in texts.items()]
     return (*small, *safetensors_images(tensors, metadata))
+
+
+def quantized_folder(
+    source: Checkpoint,
+    rows: Sequence[Row],
+    planned: Callable[[Row], Mapping[str, Planned]],
+    settings: Mapping[str, Any],
+    notes: Mapping[str, str],
+    more: Mapping[str, bytes] | None = None,
+) -> tuple[FileImage, ...]:
+    """A model folder with ``settings``, if there are any, as the ``quantization_config``.
+
+    Args:
+        planned: stored tensors of a row.
+        notes: provenance, for the header.
+        more: further files, as :func:`folder_images` takes them.
+    """
+    config = model_config(source, rows)
+    if settings:
+        config["quantization_config"] = settings
+    tensors = {name: part for row in rows for name, part in planned(row).items()}
+    metadata = {f"bitmill.{key}": text for key, text in notes.items()}
+    return folder_images(source, tensors, config, metadata, more)
 
 
 def model_config(source: Checkpoint, rows: Iterable[Row]) -> dict[str, Any]:

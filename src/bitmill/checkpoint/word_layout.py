@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bitmill.checkpoint.packed_folder import Packed, check_parts
 from bitmill.checkpoint.safetensors import DENSE, TensorFolder
-from bitmill.checkpoint.safetensors_write import DENSE_DTYPES, Planned, exactly
+from bitmill.checkpoint.safetensors_write import DENSE_DTYPES, Planned, exactly, to_bytes
 from bitmill.core.axes import Grid
 from bitmill.core.errors import BadFile, Refused
 from bitmill.core.types import Quantized, Row
@@ -103,6 +103,22 @@ def words_of(layout: WordLayout, name: str, quantized: Quantized, bits: int, gro
     if layout.indexed:
         parts["g_idx"] = torch.arange(columns, dtype=torch.int32) // (group or columns)
     return {f"{name.removesuffix(_WEIGHT)}.{part}": value for part, value in parts.items()}
+
+
+def planned_row(layout: WordLayout, row: Row, size: tuple[int, int] | None) -> dict[str, Planned]:
+    """Stored tensors of a row: words of so many bits by groups of so many columns, or dense without these."""
+    if size is None:
+        return {row.name: (DENSE_DTYPES[str(row.grid)], row.shape)}
+    return planned_words(layout, row.name, row.shape, *size)
+
+
+def packed_row(
+    layout: WordLayout, row: Row, quantized: Quantized, size: tuple[int, int] | None
+) -> dict[str, bytes]:
+    """Bytes of what :func:`planned_row` lists."""
+    dense = {row.name: quantized.codes}
+    parts = dense if size is None else words_of(layout, row.name, quantized, *size)
+    return {name: to_bytes(value) for name, value in parts.items()}
 
 
 def one_grid(rows: Sequence[Row], kind: str) -> tuple[Grid | None, list[Row]]:

@@ -16,12 +16,11 @@ from bitmill.checkpoint.packed_folder import Packed, PackedFolder, check_parts, 
 from bitmill.checkpoint.safetensors import TensorFolder
 from bitmill.checkpoint.safetensors_write import Planned
 from bitmill.core.errors import BadFile, Refused
-from bitmill.core.inputs import InputGrid
+from bitmill.core.inputs import LOUD, llm_int8_inputs
 from bitmill.core.types import Inputs, Quantized
 from bitmill.grids.llm_int8 import LlmInt8
 from bitmill.grids.table import Table
 from bitmill.numerics.floats import dynamic_map
-from bitmill.numerics.llm_int8 import THRESHOLD
 
 KINDS = ("nf4", "fp4")
 NESTED = 256
@@ -67,10 +66,10 @@ def open_folder(path: Path) -> PackedFolder:
 
 def _rounds(settings: Mapping[str, Any], path: Path) -> Inputs:
     """What 8-bit layers do to their inputs."""
-    threshold = settings.get("llm_int8_threshold", THRESHOLD)
+    threshold = settings.get("llm_int8_threshold", LOUD)
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold < _LOUDEST:
         raise BadFile(f"llm_int8_threshold is {threshold!r}", where=str(path / "config.json"))
-    return Inputs(InputGrid("int", 8, "token", scaling="loud", threshold=float(threshold)))
+    return Inputs(llm_int8_inputs(float(threshold)))
 
 
 def _integers(folder: TensorFolder, module: str) -> Packed:

@@ -17,12 +17,9 @@ from bitmill.checkpoint.hf_folder import read_config
 from bitmill.checkpoint.packed_folder import PackedFolder, quantization_config
 from bitmill.checkpoint.safetensors import TensorFolder
 from bitmill.checkpoint.safetensors_write import (
-    DENSE_DTYPES,
     Planned,
     bytes_of,
-    folder_images,
-    model_config,
-    to_bytes,
+    quantized_folder,
 )
 from bitmill.checkpoint.word_layout import (
     AWQ_GEMM,
@@ -31,15 +28,15 @@ from bitmill.checkpoint.word_layout import (
     Said,
     group_said,
     open_words,
-    planned_words,
-    words_of,
+    packed_row,
+    planned_row,
 )
 from bitmill.core.axes import Checkpoint, Container, Grid
 from bitmill.core.errors import Refused
 from bitmill.core.types import FileImage, Quantized, Row
 from bitmill.families.base import LINEAR_ROLES
 from bitmill.grids.dense import Dense
-from bitmill.grids.integer import Integer, integers
+from bitmill.grids.integer import Integer, bits_and_group, integers
 
 METHOD = "auto-round"
 
@@ -101,26 +98,14 @@ class AutoRound(Container):
         self, rows: Sequence[Row], source: Checkpoint, notes: Mapping[str, str]
     ) -> tuple[FileImage, ...]:
         """The whole folder."""
-        config, settings = model_config(source, rows), _settings(rows)
-        if settings:
-            config["quantization_config"] = settings
-        tensors = {name: planned for row in rows for name, planned in _planned(row).items()}
-        metadata = {f"bitmill.{key}": text for key, text in notes.items()}
-        return folder_images(source, tensors, config, metadata)
+        return quantized_folder(source, rows, _planned, _settings(rows), notes)
 
     def pack(self, row: Row, quantized: Quantized, source: Checkpoint) -> Mapping[str, bytes]:
-        grid = row.grid
-        if not isinstance(grid, Integer):
-            return {row.name: to_bytes(quantized.codes)}
-        words = words_of(_WRITTEN, row.name, quantized, grid.bits, grid.group)
-        return {name: to_bytes(value) for name, value in words.items()}
+        return packed_row(_WRITTEN, row, quantized, bits_and_group(row.grid))
 
 
 def _planned(row: Row) -> dict[str, Planned]:
-    grid = row.grid
-    if isinstance(grid, Integer):
-        return planned_words(_WRITTEN, row.name, row.shape, grid.bits, grid.group)
-    return {row.name: (DENSE_DTYPES[str(grid)], row.shape)}
+    return planned_row(_WRITTEN, row, bits_and_group(row.grid))
 
 
 def _settings(rows: Sequence[Row]) -> dict[str, Any]:

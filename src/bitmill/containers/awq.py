@@ -15,12 +15,9 @@ from bitmill.checkpoint.hf_folder import read_config
 from bitmill.checkpoint.packed_folder import PackedFolder, quantization_config
 from bitmill.checkpoint.safetensors import TensorFolder
 from bitmill.checkpoint.safetensors_write import (
-    DENSE_DTYPES,
     Planned,
     bytes_of,
-    folder_images,
-    model_config,
-    to_bytes,
+    quantized_folder,
 )
 from bitmill.checkpoint.word_layout import (
     AWQ_GEMM,
@@ -28,15 +25,15 @@ from bitmill.checkpoint.word_layout import (
     group_said,
     one_grid,
     open_words,
-    planned_words,
-    words_of,
+    packed_row,
+    planned_row,
 )
 from bitmill.core.axes import Checkpoint, Container, Grid
 from bitmill.core.errors import Refused
 from bitmill.core.types import FileImage, Quantized, Row
 from bitmill.families.base import LINEAR_ROLES
 from bitmill.grids.dense import Dense
-from bitmill.grids.integer import Integer, integers
+from bitmill.grids.integer import Integer, bits_and_group, integers
 
 METHOD = "awq"
 
@@ -100,27 +97,14 @@ class Awq(Container):
         Raises:
             Refused: the layers are on several grids.
         """
-        config = model_config(source, rows)
-        settings = _settings(rows)
-        if settings:
-            config["quantization_config"] = settings
-        tensors = {name: planned for row in rows for name, planned in _planned(row).items()}
-        metadata = {f"bitmill.{key}": text for key, text in notes.items()}
-        return folder_images(source, tensors, config, metadata)
+        return quantized_folder(source, rows, _planned, _settings(rows), notes)
 
     def pack(self, row: Row, quantized: Quantized, source: Checkpoint) -> Mapping[str, bytes]:
-        grid = row.grid
-        if not isinstance(grid, Integer):
-            return {row.name: to_bytes(quantized.codes)}
-        words = words_of(AWQ_GEMM, row.name, quantized, grid.bits, grid.group)
-        return {name: to_bytes(value) for name, value in words.items()}
+        return packed_row(AWQ_GEMM, row, quantized, bits_and_group(row.grid))
 
 
 def _planned(row: Row) -> dict[str, Planned]:
-    grid = row.grid
-    if isinstance(grid, Integer):
-        return planned_words(AWQ_GEMM, row.name, row.shape, grid.bits, grid.group)
-    return {row.name: (DENSE_DTYPES[str(grid)], row.shape)}
+    return planned_row(AWQ_GEMM, row, bits_and_group(row.grid))
 
 
 def _settings(rows: Sequence[Row]) -> dict[str, Any]:

@@ -29,18 +29,17 @@ from bitmill.checkpoint.safetensors_write import (
 from bitmill.containers._bitsandbytes_read import KINDS, NESTED, open_folder
 from bitmill.core.axes import Checkpoint, Grid, InputContainer
 from bitmill.core.errors import Refused
-from bitmill.core.inputs import InputGrid
+from bitmill.core.inputs import LOUD, InputGrid, llm_int8_inputs
 from bitmill.core.types import FileImage, Quantized, Row
 from bitmill.families.base import LINEAR_ROLES, is_expert
 from bitmill.grids.dense import Dense
 from bitmill.grids.llm_int8 import LlmInt8
 from bitmill.grids.table import Table
 from bitmill.numerics.floats import dynamic_map
-from bitmill.numerics.llm_int8 import THRESHOLD
 
 METHOD = "bitsandbytes"
 
-ROUNDS = InputGrid("int", 8, "token", scaling="loud", threshold=THRESHOLD)
+ROUNDS = llm_int8_inputs()
 """What 8-bit layers that are written here do to their inputs."""
 
 _WEIGHT = ".weight"
@@ -214,7 +213,7 @@ def _settings(rows: Sequence[Row], dtype: str) -> dict[str, Any]:
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
         "llm_int8_skip_modules": skipped,
-        "llm_int8_threshold": THRESHOLD,
+        "llm_int8_threshold": LOUD,
     }
     if eight:
         return settings

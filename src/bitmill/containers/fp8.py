@@ -21,8 +21,7 @@ from bitmill.checkpoint.safetensors_write import (
     DENSE_DTYPES,
     Planned,
     bytes_of,
-    folder_images,
-    model_config,
+    quantized_folder,
     to_bytes,
 )
 from bitmill.containers._fp8_read import open_folder
@@ -90,13 +89,7 @@ class Fp8(Container):
         Raises:
             Refused: the layers are on several grids.
         """
-        config = model_config(source, rows)
-        settings = _settings(rows)
-        if settings:
-            config["quantization_config"] = settings
-        tensors = {name: planned for row in rows for name, planned in _planned(row).items()}
-        metadata = {f"bitmill.{key}": text for key, text in notes.items()}
-        return folder_images(source, tensors, config, metadata)
+        return quantized_folder(source, rows, _planned, _settings(rows), notes)
 
     def pack(self, row: Row, quantized: Quantized, source: Checkpoint) -> Mapping[str, bytes]:
         if isinstance(row.grid, Dense):

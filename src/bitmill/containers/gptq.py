@@ -17,13 +17,10 @@ from bitmill.checkpoint.packed_folder import PackedFolder, quantization_config
 from bitmill.checkpoint.patterns import patterns
 from bitmill.checkpoint.safetensors import TensorFolder
 from bitmill.checkpoint.safetensors_write import (
-    DENSE_DTYPES,
     Planned,
     bytes_of,
-    folder_images,
     json_bytes,
-    model_config,
-    to_bytes,
+    quantized_folder,
 )
 from bitmill.checkpoint.word_layout import (
     GPTQ_V1,
@@ -32,15 +29,15 @@ from bitmill.checkpoint.word_layout import (
     group_said,
     one_grid,
     open_words,
-    planned_words,
-    words_of,
+    packed_row,
+    planned_row,
 )
 from bitmill.core.axes import Checkpoint, Container, Grid
 from bitmill.core.errors import Refused
 from bitmill.core.types import FileImage, Quantized, Row
 from bitmill.families.base import LINEAR_ROLES
 from bitmill.grids.dense import Dense
-from bitmill.grids.integer import Integer, integers
+from bitmill.grids.integer import Integer, bits_and_group, integers
 
 METHOD = "gptq"
 
@@ -112,29 +109,16 @@ class Gptq(Container):
         Raises:
             Refused: the layers are on several grids, or a layer is quantized in some blocks only.
         """
-        config, more = model_config(source, rows), {}
         settings = _settings(rows, _LAYOUTS[self.version][0])
-        if settings:
-            config["quantization_config"] = settings
-            more["quantize_config.json"] = json_bytes(settings)
-        tensors = {name: planned for row in rows for name, planned in _planned(row).items()}
-        metadata = {f"bitmill.{key}": text for key, text in notes.items()}
-        return folder_images(source, tensors, config, metadata, more)
+        more = {"quantize_config.json": json_bytes(settings)} if settings else {}
+        return quantized_folder(source, rows, _planned, settings, notes, more)
 
     def pack(self, row: Row, quantized: Quantized, source: Checkpoint) -> Mapping[str, bytes]:
-        grid = row.grid
-        if not isinstance(grid, Integer):
-            return {row.name: to_bytes(quantized.codes)}
-        layout = _LAYOUTS[self.version][1]
-        words = words_of(layout, row.name, quantized, grid.bits, grid.group)
-        return {name: to_bytes(value) for name, value in words.items()}
+        return packed_row(_LAYOUTS[self.version][1], row, quantized, bits_and_group(row.grid))
 
 
 def _planned(row: Row) -> dict[str, Planned]:
-    grid = row.grid
-    if isinstance(grid, Integer):
-        return planned_words(GPTQ_V1, row.name, row.shape, grid.bits, grid.group)
-    return {row.name: (DENSE_DTYPES[str(grid)], row.shape)}
+    return planned_row(GPTQ_V1, row, bits_and_group(row.grid))
 
 
 def _settings(rows: Sequence[Row], layout: str) -> dict[str, Any]:

@@ -23,8 +23,7 @@ from bitmill.checkpoint.safetensors_write import (
     Planned,
     bytes_of,
     exactly,
-    folder_images,
-    model_config,
+    quantized_folder,
     to_bytes,
 )
 from bitmill.containers._hqq_read import METHOD, PACKINGS, is_hqq, open_folder, pack_parts, packed_shape
@@ -103,13 +102,7 @@ class Hqq(Container):
         Raises:
             Refused: experts of a mixture.
         """
-        config = model_config(source, rows)
-        settings = _settings(rows)
-        if settings:
-            config["quantization_config"] = settings
-        tensors = {name: planned for row in rows for name, planned in _planned(row).items()}
-        metadata = {f"bitmill.{key}": text for key, text in notes.items()}
-        return folder_images(source, tensors, config, metadata)
+        return quantized_folder(source, rows, _planned, _settings(rows), notes)
 
     def pack(self, row: Row, quantized: Quantized, source: Checkpoint) -> Mapping[str, bytes]:
         if isinstance(row.grid, Dense):

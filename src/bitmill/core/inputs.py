@@ -84,6 +84,11 @@ class InputGrid:
         return None
 
 
+def llm_int8_inputs(threshold: float = LOUD) -> InputGrid:
+    """What LLM.int8() rounds inputs to; channels from ``threshold`` on stay as they are."""
+    return InputGrid("int", 8, "token", scaling="loud", threshold=threshold)
+
+
 def find_inputs(text: str) -> InputGrid | None:
     """The input grid that this lower-case text names, or None."""
     text = _ALSO.get(text, text)
@@ -93,8 +98,7 @@ def find_inputs(text: str) -> InputGrid | None:
         return InputGrid(element, bits, "group", 16 if nested else 32, scaling="nv" if nested else "mx")
     loud = _LOUD.fullmatch(text)
     if loud is not None:
-        threshold = LOUD if loud[1] is None else float(loud[1])
-        return InputGrid("int", 8, "token", scaling="loud", threshold=threshold)
+        return llm_int8_inputs(LOUD if loud[1] is None else float(loud[1]))
     found = _TEXT.fullmatch(text)
     if found is None:
         return None

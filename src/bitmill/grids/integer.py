@@ -10,7 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bitmill.core.axes import Affine, AffineGrid
+from bitmill.core.axes import Affine, AffineGrid, Grid
 from bitmill.core.types import Params, Quantized
 from bitmill.numerics.search import (
     INTEGER_ZERO,
@@ -221,6 +221,11 @@ class Integer(AffineGrid):
         if self.group == -1:
             return w.reshape(1, 1, -1)
         return w.reshape(w.shape[0], -1, self.group or w.shape[1])
+
+
+def bits_and_group(grid: Grid) -> tuple[int, int] | None:
+    """Of an integer grid; None for any other."""
+    return (grid.bits, grid.group) if isinstance(grid, Integer) else None
 
 
 def integers(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, dtype: str) -> Quantized:

@@ -11,10 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bitmill.core.inputs import LOUD
+
 LEVELS = 127
 """Codes are ``-127 … 127``."""
 
-THRESHOLD = 6.0
+THRESHOLD = LOUD
 """A feature in which any activation is at least so large is kept out of the integers."""
 
 _UNIT = 7.874015718698502e-3
