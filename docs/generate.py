@@ -1,4 +1,5 @@
-"""Write the pages of docs/ that come from docstrings, so that they cannot say what the code does not.
+"""Write the pages of docs/ that come from docstrings, so that they cannot say what the code does not; those
+of methods come from docs/methods.toml and docs/evidence as well.
 
 python docs/generate.py            write them
 python docs/generate.py --check    say which are out of date, and fail
@@ -14,6 +15,9 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
+
+from method_pages import method_pages
+from page_parts import marked, page, table
 
 import bitmill
 from bitmill.cli.budget import budget
@@ -76,29 +80,6 @@ in float32. Kernels round in their own way in the last places. Files that tell a
 `> compressed-tensors` and `> bitmill`; with any other the plan is refused."""
 
 
-def marked(text: str) -> str:
-    """A docstring in Markdown."""
-    text = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", text).replace("``", "`")
-    lines, listing = [], False
-    for line in text.splitlines():
-        section = re.fullmatch(r"(Args|Attributes|Raises|Returns):", line)
-        listing = section is not None or (listing and (line.startswith("    ") or not line))
-        entry = re.fullmatch(r"    (\*{0,2}[\w, ]+): (.*)", line) if listing else None
-        if section is not None:
-            lines.append(f"**{section[1]}**\n")
-        elif entry is not None:
-            lines.append(f"- `{entry[1]}`: {entry[2]}")
-        else:
-            lines.append(line)
-    return "\n".join(lines).strip("\n")
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *body])
-
-
 def axis_page(axis: str) -> str:
     """One axis: a section a member, from its module's and its class' docstring."""
     parts = [f"# {axis.capitalize()}", AXES[axis]]
@@ -117,7 +98,7 @@ def axis_page(axis: str) -> str:
         if options and axis in ("transforms", "solvers", "containers"):
             parts.append("Options: " + ", ".join(f"`{f.name}={f.default}`" for f in options) + ".")
     parts.append(f"A new one is one new file in `src/bitmill/{axis}/`: the file's name is its public name.")
-    return page(parts)
+    return page(MADE, parts)
 
 
 def recipes_page() -> str:
@@ -159,7 +140,7 @@ def recipes_page() -> str:
         'A `.toml` file holds either `recipe = "…"` or the parts by name. Unknown keys are errors.',
         TOML,
     ]
-    return page(parts)
+    return page(MADE, parts)
 
 
 def commands_page() -> str:
@@ -170,7 +151,7 @@ def commands_page() -> str:
     for verb in VERBS:
         name = verb.__name__
         parts += [f"## bitmill {name}", marked(inspect.cleandoc(verb.__doc__ or "")), parameters(verb)]
-    return page(parts)
+    return page(MADE, parts)
 
 
 def parameters(verb: Callable[..., None]) -> str:
@@ -210,7 +191,7 @@ def python_page() -> str:
         )
         shown = f"class bitmill.{name}" if inspect.isclass(public) else f"bitmill.{name}{signature}"
         parts += [f"## {name}", f"```python\n{tidy(shown)}\n```", about]
-    return page(parts)
+    return page(MADE, parts)
 
 
 def tidy(signature: str) -> str:
@@ -233,11 +214,6 @@ def tidy(signature: str) -> str:
     return f"{head}(\n" + "".join(f"    {p},\n" for p in parts) + f") ->{tail}"
 
 
-def page(parts: list[str]) -> str:
-    """A whole page."""
-    return "\n\n".join([MADE, *(p for p in parts if p)]) + "\n"
-
-
 def pages() -> Iterator[tuple[Path, str]]:
     """Every generated page and what it should hold."""
     yield DOCS / "recipes.md", recipes_page()
@@ -245,6 +221,7 @@ def pages() -> Iterator[tuple[Path, str]]:
     yield DOCS / "python.md", python_page()
     for axis in AXES:
         yield DOCS / f"{axis}.md", axis_page(axis)
+    yield from method_pages()
 
 
 def main() -> int:
@@ -252,14 +229,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=inspect.cleandoc(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail when a page is out of date")
     check = parser.parse_args().check
-    stale = [(path, text) for path, text in pages() if not path.exists() or path.read_text("utf-8") != text]
-    for path, text in stale:
+    wanted = dict(pages())
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text("utf-8") != text]
+    left = [path for path in sorted((DOCS / "methods").glob("*.md")) if path not in wanted]
+    for path in stale:
         if not check:
-            path.write_text(text, encoding="utf-8")
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(wanted[path], encoding="utf-8")
         print(f"{'out of date' if check else 'written'}: {path.relative_to(DOCS.parent)}")
-    if check and stale:
+    for path in left:
+        if not check:
+            path.unlink()
+        print(f"{'of no method' if check else 'removed'}: {path.relative_to(DOCS.parent)}")
+    if check and (stale or left):
         print("`make docs` writes them", file=sys.stderr)
-    return 1 if check and stale else 0
+    return 1 if check and (stale or left) else 0
 
 
 if __name__ == "__main__":

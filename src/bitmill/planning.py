@@ -120,7 +120,7 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """Identity of the output: equal digests write equal bytes."""
+        """Identity of the output, but for what calibration saw and the device."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
     def identity(self) -> dict[str, Any]:

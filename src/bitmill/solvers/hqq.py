@@ -34,7 +34,8 @@ class Hqq(Solver):
 
     Attributes:
         p: the norm; below 1 it forgives outliers.
-        beta: how closely the split must follow at first. kappa: its growth a round.
+        beta: how closely the split must follow at first.
+        kappa: its growth a round.
         rounds: at most so many.
     """
 
