@@ -12,11 +12,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from bitmill import mill
 from bitmill.checkpoint.safetensors import SafetensorsFolder
+from bitmill.checkpoint.stored_types import unread
 from bitmill.containers.fp8 import Fp8
+from bitmill.core.axes import inputs_of
 from bitmill.core.errors import BadFile, BitmillError, Refused
+from bitmill.core.inputs import parse_inputs
 from bitmill.core.registry import parse_grid
+from bitmill.numerics.inputs import rounded
+from bitmill.planning import plan
+from bitmill.recipe import parse
 from bitmill.source import open_path
+from bitmill.transfer import convert
 from tests.tiny import make_model
 from tests.written import Written, rows_of, write
 
@@ -170,6 +178,77 @@ def test_other_spellings(source: SafetensorsFolder, tmp_path: Path) -> None:
     assert set(again.tensors) == set(out.quantized)
     stored = again.stored(NAME)
     assert stored is not None and stored.params["scale"].tolist() == [[0.5]]
+
+
+def test_layers_round_their_inputs_unasked(source: SafetensorsFolder, tmp_path: Path) -> None:
+    """By the weight's own runs of channels as they come; where weights are decoded on loading, not at all."""
+    wanted = {"fp8-e4m3-tensor": {"fp8-e4m3-token"}, "mxfp8": {"mxfp8-ceil"}, "fp8-e5m2-channel": set()}
+    wanted |= {"fp8-e4m3-b128": {"fp8-e4m3-token", "fp8-e4m3-g128-token"}}  # 128 channels, and 256
+    for grid, kinds in wanted.items():
+        out = written(source, grid, tmp_path / grid)
+        found = inputs_of(open_path(out.path))
+        assert {str(how.grid) for how in found.values()} == kinds
+        assert {r.name: r.inputs for r in out.rows if r.inputs} == {n: h.grid for n, h in found.items()}
+    reconfigured(tmp_path / "fp8-e4m3-b128" / "out", weight_block_size=[64, 64])
+    tiles = {f"model.layers.{i}.mlp.down_proj.weight_scale_inv": torch.ones(2, 4) for i in range(3)}
+    edited(tmp_path / "fp8-e4m3-b128" / "out", **tiles)
+    found = inputs_of(open_path(tmp_path / "fp8-e4m3-b128" / "out"))
+    assert str(found["model.layers.1.mlp.down_proj.weight"].grid) == "fp8-e4m3-g64-token"
+    x = torch.randn(3, 5, 256, generator=torch.Generator().manual_seed(0))
+    runs = x.unflatten(-1, (-1, 128))
+    scale = runs.abs().amax(-1, keepdim=True) / 448
+    by_hand = ((runs / scale).to(torch.float8_e4m3fn).float() * scale).flatten(-2)
+    assert torch.equal(rounded(parse_inputs("fp8-e4m3-g128-token"), x, {}), by_hand)
+
+
+@pytest.mark.parametrize("spelling", ["activation_scale", "input_scale", "qscale_act"])
+def test_fixed_scales_of_inputs(source: SafetensorsFolder, tmp_path: Path, spelling: str) -> None:
+    out = written(source, "fp8-e4m3-tensor", tmp_path)
+    modules = [row.name.removesuffix(".weight") for row in out.rows if row.solved]
+    fixed = {f"{module}.{spelling}": torch.tensor(0.01 * i + 0.01) for i, module in enumerate(modules)}
+    edited(out.path, **fixed)
+    reconfigured(out.path, activation_scheme="static")
+    again = open_path(out.path)
+    found = inputs_of(again)
+    assert unread(again) is None
+    assert {f"{n.removesuffix('.weight')}.{spelling}": h.fixed["scale"][0] for n, h in found.items()} == fixed
+    assert {str(how.grid) for how in found.values()} == {"fp8-e4m3-tensor-static"}
+    convert(str(out.path), "compressed-tensors", tmp_path / "ct")
+    convert(str(tmp_path / "ct"), "fp8", tmp_path / "back")
+    back = open_path(tmp_path / "back")
+    assert settings_of(tmp_path / "back")["activation_scheme"] == "static"
+    assert all(torch.equal(how.fixed["scale"], found[n].fixed["scale"]) for n, how in inputs_of(back).items())
+    assert set(inputs_of(back)) == set(found) and torch.equal(back.read(NAME), again.read(NAME))
+    edited(out.path, gone=f"{modules[0]}.{spelling}")
+    with pytest.raises(BadFile, match="activation_scale"):
+        open_path(out.path)
+    edited(out.path, **{f"{modules[0]}.{spelling}": torch.tensor(-1.0)})
+    with pytest.raises(BadFile, match="no scale of inputs"):
+        open_path(out.path)
+
+
+def test_calibration_fixes_the_scales(source: SafetensorsFolder, tmp_path: Path) -> None:
+    recipe = "nearest : fp8-e4m3-b128, input=fp8-e4m3-tensor-static > fp8"
+    mill.quantize(source, recipe, tmp_path / "out", calib=[__file__], nsamples=2, seqlen=32)
+    found = inputs_of(open_path(tmp_path / "out"))
+    assert len(found) == 21 and all(float(how.fixed["scale"]) > 0 for how in found.values())
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert stored["model.layers.0.mlp.up_proj.activation_scale"].shape == ()
+
+
+def test_what_no_fp8_folder_says(source: SafetensorsFolder, tmp_path: Path) -> None:
+    for recipe, said in (
+        ("fp8-e4m3-tensor, input=int8-token", "fp8-e4m3-token, fp8-e4m3-tensor-static"),
+        ("mxfp8, input=mxfp8", "mxfp8-ceil"),
+        ("fp8-e5m2-tensor, input=fp8-e4m3-token", "decoded on loading"),
+        ("fp8-e4m3-b128, input=fp8-e4m3-token", "fp8-e4m3-g128-token as they come"),
+    ):
+        with pytest.raises(Refused, match=said):
+            plan(parse(f"nearest : {recipe} > fp8"), source)
+    out = written(source, "fp8-e4m3-tensor", tmp_path)
+    reconfigured(out.path, activation_scheme="sometimes")
+    with pytest.raises(BadFile, match="activation_scheme"):
+        open_path(out.path)
 
 
 def test_even_cuts_that_no_grid_has(source: SafetensorsFolder, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from bitmill.calibrate.stream import Stream
 from bitmill.calibrate.tokens import Calibration
 from bitmill.core.axes import inputs_of
 from bitmill.core.errors import BadFile, BadRecipe, Refused
+from bitmill.core.inputs import parse_inputs
 from bitmill.known import KNOWN
 from bitmill.measurement.measure import Protocol, measure
 from bitmill.numerics.inputs import rounded
@@ -102,10 +103,39 @@ def test_what_no_file_says_is_refused_in_the_plan(
     assert fix is None or fix in str(refusal.value.fix)
 
 
-def test_experts_are_refused(tmp_path: Path) -> None:
+def test_experts_take_no_scale_of_a_whole_tensor(tmp_path: Path) -> None:
     source = open_source(str(make_model(tmp_path, "mixtral")))
     with pytest.raises(Refused, match="single experts"):
-        plan(parse("w8a8"), source)
+        plan(parse("w8a8-static"), source)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3moe"])
+def test_experts_round_what_they_multiply(family: str, tmp_path: Path) -> None:
+    """Layer 0's experts, one token and one expert at a time, with the rounding written out."""
+    source = open_source(str(make_model(tmp_path / "model", family, num_hidden_layers=1)))
+    recipe = "nearest : int8-channel-sym, input=int8-token > bitmill"
+    mill.quantize(source, recipe, tmp_path / "out")
+    made = open_source(str(tmp_path / "out"))
+    model = load_model(made)
+    experts = model.get_submodule("model.layers.0.mlp.experts")
+    seen: list[tuple[torch.Tensor, ...]] = []
+    experts.register_forward_hook(lambda _, args, out: seen.append((*args, out)))
+    with torch.no_grad():
+        found = model(tokens(2, 6)).logits
+    stream = Stream(made)
+    assert torch.equal(stream.logits(stream.hidden(tokens(2, 6))), found)
+    hidden, index, weights, out = seen[0]
+    path = "block_sparse_moe.experts" if family == "mixtral" else "mlp.experts"
+    parts = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    grid = parse_inputs("int8-token")
+    for token in range(0, len(hidden), 5):
+        wanted = torch.zeros_like(out[token])
+        for slot, expert in enumerate(index[token].tolist()):
+            gate, up, down = (made.read(f"model.layers.0.{path}.{expert}.{p}.weight") for p in parts)
+            x = rounded(grid, hidden[token, None], {})
+            middle = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
+            wanted += weights[token, slot] * (rounded(grid, middle, {}) @ down.T)[0]
+        torch.testing.assert_close(out[token], wanted, rtol=1e-4, atol=1e-4)
 
 
 RECIPES = [

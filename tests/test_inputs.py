@@ -77,6 +77,10 @@ def one(grid: InputGrid, values: list[float], gain: float) -> list[float]:
             power += 1
         power += largest / 2.0**power >= (1.9375 if grid.element == "e2m3" else 1.75)
         scale = 2.0 ** (power - {"e4m3": 8, "e2m3": 2, "e2m1": 2}[grid.element])
+    if grid.scaling == "ceil":
+        scale = 2.0**-126
+        while 448 * scale < largest:
+            scale *= 2
     if grid.scaling == "nv":
         scale = element(InputGrid("e4m3", 8, "token"), scale * gain) / gain
     return [element(grid, v / scale) * scale for v in values]

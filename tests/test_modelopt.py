@@ -12,9 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bitmill import mill
+from bitmill.checkpoint.stored_types import unread
 from bitmill.containers.modelopt import Modelopt
+from bitmill.core.axes import inputs_of
 from bitmill.core.errors import BadFile, Refused
 from bitmill.core.registry import parse_grid
+from bitmill.numerics.inputs import rounded
 from bitmill.source import open_path
 from tests.tiny import make_model
 
@@ -104,6 +107,39 @@ def test_values_and_codes(model: Path, tmp_path: Path, grid: str, beside: bool) 
         assert torch.equal(stored.dense(), source.read(name))
         if grid != "nvfp4":
             assert torch.equal(source.read(name), wanted)
+
+
+@pytest.mark.parametrize("grid", MAKERS)
+def test_inputs_are_rounded_as_its_runtimes_do(model: Path, tmp_path: Path, grid: str) -> None:
+    exported(model, tmp_path / "out", {"": grid}, NVFP4 if grid == "nvfp4" else FP8)
+    source = open_path(tmp_path / "out")
+    found = inputs_of(source)
+    assert len(found) == 7 and "k_scale, v_scale" in str(unread(source))
+    how = found[NAME]
+    wanted = {"nvfp4": "nvfp4", "mxfp8": "mxfp8-ceil"}.get(grid, "fp8-e4m3-tensor-static")
+    assert str(how.grid) == wanted
+    if wanted == "mxfp8-ceil":
+        return
+    x = torch.randn(4, 128, generator=torch.Generator().manual_seed(1))
+    if grid == "nvfp4":  # element · block scale · input_scale, all three as ModelOpt has them
+        blocks = x.reshape(4, -1, 16)
+        scale = (blocks.abs().amax(-1, keepdim=True) / 6 / 0.01).to(torch.float8_e4m3fn).float() * 0.01
+        nearest = ((blocks.abs() / scale)[..., None] - torch.tensor(E2M1)).abs().argmin(-1)
+        by_hand = (torch.tensor(E2M1)[nearest] * blocks.sign() * scale).reshape(x.shape)
+    else:
+        by_hand = (x / 0.01).clamp(-448, 448).to(torch.float8_e4m3fn).float() * 0.01
+    torch.testing.assert_close(rounded(how.grid, x, how.fixed), by_hand, rtol=1e-5, atol=1e-7)
+
+
+def test_without_a_fixed_scale(model: Path, tmp_path: Path) -> None:
+    for grid, kind in (("nvfp4", None), ("fp8-e4m3-tensor", None), ("fp8-e4m3-channel", "fp8-e4m3-token")):
+        exported(model, tmp_path / grid, {"": grid}, NVFP4 if grid == "nvfp4" else FP8)
+        path = tmp_path / grid / "model.safetensors"
+        kept = {k: v for k, v in load_file(path).items() if not k.endswith("input_scale")}
+        save_file(kept, path, {"format": "pt"})
+        assert {str(how.grid) for how in inputs_of(open_path(tmp_path / grid)).values()} == (
+            {kind} if kind else set()
+        )
 
 
 def test_mixed_layers_become_another_container(model: Path, tmp_path: Path) -> None:

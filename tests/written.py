@@ -10,6 +10,7 @@ from bitmill.core import registry
 from bitmill.core.axes import Checkpoint, Container, Grid
 from bitmill.core.types import FileImage, Quantized, Row
 from bitmill.families.base import LINEAR_ROLES, describe
+from bitmill.inputs import with_inputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +34,7 @@ def rows_of(
         placed = chosen.get(fact.name) or chosen.get(role) or (grid if role in LINEAR_ROLES else None)
         kept = registry.parse_grid(container.default_grid(dtype, role))
         rows.append(Row(fact.name, role, layer, fact.shape, placed or kept, placed is not None, "test"))
-    return rows
+    return list(with_inputs(rows, None, container, ""))
 
 
 def write(container: Container, model: Checkpoint, rows: Sequence[Row], folder: Path) -> Written:

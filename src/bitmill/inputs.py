@@ -31,7 +31,8 @@ def with_inputs(rows: Sequence[Row], text: str | None, container: Container, cal
         Refused: no file of this container says that, for a weight on this grid or of this shape.
     """
     if text is None:
-        return tuple(_implied(row, container) for row in rows)
+        implied = container.implied_inputs(rows) if isinstance(container, InputContainer) else {}
+        return tuple(replace(row, inputs=implied.get(row.name)) if row.solved else row for row in rows)
     grid = parse_inputs(text)
     placed = {row.name for row in rows if row.solved and str(row.grid) not in _DENSE}
     if not placed:
@@ -45,23 +46,18 @@ def with_inputs(rows: Sequence[Row], text: str | None, container: Container, cal
             raise Refused(
                 f"{called} files do not say that inputs are rounded to {grid}", where=row.name, fix=_HOW
             )
-        if is_expert(row.name):
+        if is_expert(row.name) and grid.extent == "tensor":
             raise Refused(
-                "inputs of single experts cannot be rounded yet: transformers runs experts as one tensor",
+                "inputs of single experts take no scale of a whole tensor: each sees some tokens of many "
+                "texts, which calibration does not reach yet",
                 where=row.name,
-                fix=f"drop input={grid}",
+                fix="input=int8-token, fp8-e4m3-token and their like take a scale a token",
             )
         reason = container.refuses_inputs(row.grid, grid) or grid.refuses(row.shape[1])
         if reason is not None:
             raise Refused(f"weights on {row.grid} with inputs on {grid}: {reason}", where=row.name)
         made.append(replace(row, inputs=grid))
     return tuple(made)
-
-
-def _implied(row: Row, container: Container) -> Row:
-    if not row.solved or not isinstance(container, InputContainer):
-        return row
-    return replace(row, inputs=container.implied_inputs(row.grid))
 
 
 def input_remarks(rows: Sequence[Row], source: Checkpoint) -> tuple[str, ...]:

@@ -23,7 +23,8 @@ from bitmill.core.axes import Checkpoint, inputs_of
 from bitmill.core.errors import BadFile, Refused
 from bitmill.core.types import Inputs
 from bitmill.families.base import describe, traits
-from bitmill.numerics.inputs import check_inputs, input_hook, rounded
+from bitmill.numerics.expert_inputs import check_all_inputs, round_experts
+from bitmill.numerics.inputs import input_hook, rounded
 
 Read = Callable[[str], Tensor]
 _VOCAB_ROWS = 16384  # head rows converted to float32 at a time: 37 MB at width 576, 268 MB at 4096
@@ -238,7 +239,8 @@ class Stream:
         self._calls: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._norm_path = _final_norm_path(self._model, self.layers_path)
         self._inputs = inputs_of(checkpoint) if inputs is None else inputs
-        check_inputs(self._model, self._inputs, str(checkpoint.path))
+        joined, where = self._family.joined, str(checkpoint.path)
+        check_all_inputs(self._model, self.layers_path, self._inputs, joined, where)
 
     @property
     def layers(self) -> int:
@@ -275,6 +277,7 @@ class Stream:
         prefix = f"{self.layers_path}.{index}."
         for name, _ in list(module.named_parameters()):
             _assign(module, name, self._parameter(prefix, name, read), self.device, self.dtype)
+        round_experts(module, prefix, self._inputs, self._family.joined)
         block = Block(self, index, module)
         for path in block.linears():
             if f"{prefix}{path}.weight" in self._inputs:

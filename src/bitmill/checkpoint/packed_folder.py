@@ -153,7 +153,7 @@ class PackedFolder(InputCheckpoint):
 def _is_input(name: str, modules: Collection[str]) -> bool:
     """Whether ``name`` is of the inputs of one of ``modules``."""
     module, _, part = name.rpartition(".")
-    return part.startswith("input_") and module in modules
+    return part.startswith(("input_", "activation_", "qscale_act")) and module in modules
 
 
 def from_quantized(shape: tuple[int, int], parts: tuple[str, ...], unpack: Callable[[], Quantized]) -> Packed:
@@ -175,6 +175,21 @@ def checked_inputs(grid: InputGrid, fixed: Mapping[str, Tensor], where: str) -> 
         ):
             raise BadFile(f"{value} is no {key} of inputs on {grid}", where=where)
     return Inputs(grid, {key: stored.to(torch.float32).reshape(1) for key, stored in fixed.items()})
+
+
+def one_number(folder: TensorFolder, name: str, types: Collection[str] = tuple(DENSE)) -> Tensor:
+    """A stored tensor that must be a single number of one of these element types.
+
+    Raises:
+        BadFile: it is missing, or something else.
+    """
+    record = folder.record(name)
+    if record.dtype not in types or record.shape not in ((1,), (), (1, 1)):
+        raise BadFile(
+            f"{record.name!r} is {record.dtype} {list(record.shape)} and must be one number",
+            where=str(record.path),
+        )
+    return folder.read(name)
 
 
 def check_parts(folder: TensorFolder, parts: Mapping[str, Planned]) -> None:

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from bitmill.checkpoint.hf_folder import read_config
-from bitmill.checkpoint.packed_folder import Packed, PackedFolder, checked_inputs, from_quantized
+from bitmill.checkpoint.packed_folder import (
+    Packed,
+    PackedFolder,
+    checked_inputs,
+    from_quantized,
+    one_number,
+)
 from bitmill.checkpoint.safetensors import DENSE, TensorFolder
 from bitmill.core.axes import Grid
 from bitmill.core.errors import BadFile, Refused
@@ -124,16 +130,10 @@ def _inputs(folder: TensorFolder, module: str, about: Mapping[str, Any], columns
     reason = grid.refuses(columns)
     if reason is not None:
         raise BadFile(reason, where=where)
-    fixed: dict[str, Tensor] = {}
-    for key in grid.fixed:
-        record = folder.record(f"{module}.{_FIXED[key]}")
-        types = ("I8", "U8", "I32", *DENSE) if key == "zero" else tuple(DENSE)
-        if record.dtype not in types or record.shape not in ((1,), (), (1, 1)):
-            raise BadFile(
-                f"{record.name!r} is {record.dtype} {list(record.shape)} and must be one number",
-                where=str(record.path),
-            )
-        fixed[key] = folder.read(record.name)
+    types = {"zero": ("I8", "U8", "I32", *DENSE)}
+    fixed = {
+        key: one_number(folder, f"{module}.{_FIXED[key]}", types.get(key, tuple(DENSE))) for key in grid.fixed
+    }
     return checked_inputs(grid, fixed, where)
 
 

@@ -1,4 +1,5 @@
-"""Reading FP8 folders, whoever wrote them: which scale belongs to a weight, and the tiles it stands for."""
+"""Reading FP8 folders, whoever wrote them: which scale belongs to a weight, the tiles it stands for, and what
+the layers round their inputs to where they multiply in FP8."""
 
 from __future__ import annotations
 
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor
 
 from bitmill.checkpoint.hf_folder import read_config
-from bitmill.checkpoint.packed_folder import Packed, PackedFolder
+from bitmill.checkpoint.packed_folder import Packed, PackedFolder, checked_inputs, one_number
 from bitmill.checkpoint.safetensors import DENSE, Record, TensorFolder
 from bitmill.core.errors import BadFile
-from bitmill.core.types import Quantized
+from bitmill.core.inputs import parse_inputs
+from bitmill.core.types import Inputs, Quantized
+from bitmill.families.base import describe
 from bitmill.grids.minifloat import Minifloat
 from bitmill.numerics.bits import unpack
 from bitmill.numerics.floats import ELEMENTS, decode, power_of_two
@@ -25,23 +28,42 @@ _ELEMENT = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2", "I8": "e2m1"}
 _POWERS = ("U8", "F8_E8M0")
 _SCALES = (".weight_scale_inv", ".weight_scale", ".scale", ".qscale_weight")
 """Names of a weight's scale: DeepSeek-V3's and transformers', AutoFP8's, DeepSeek-V4's, Mistral's."""
+_FIXED = (".activation_scale", ".input_scale", ".qscale_act")
+"""Names of the fixed scale of a layer's inputs: transformers', AutoFP8's, Mistral's."""
 _ASIDE = re.compile(r"\.(?:activation_scale|input_scale|qscale_act|output_scale|[kqv]_scale)$")
 
 
 def open_folder(path: Path) -> PackedFolder:
-    """The folder as a checkpoint. Scales of activations and of a cache are left aside.
+    """The folder as a checkpoint. Scales of a cache are left aside.
 
     Raises:
         BadFile: settings and tensors do not fit together.
     """
     folder, config = TensorFolder(path), read_config(path)
-    block = _declared(config["quantization_config"], path)
-    packed = {}
+    settings = config["quantization_config"]
+    block, scheme = _declared(settings, path), _scheme(settings, path)
+    family = describe(config)
+    packed, inputs = {}, {}
     for name, record in folder.records.items():
         if name.endswith(".weight") and record.dtype in _ELEMENT:
-            packed[name] = _weight(folder, record, block)
+            stored = _stored(folder, record, block)
+            parts = (stored.weight.name, stored.scale.name)
+            packed[name] = Packed(stored.shape, parts, stored.dense, stored.quantized)
+            told = _inputs(stored, scheme) if scheme and family.role(name)[0] != "embed" else None
+            if told is not None:
+                inputs[name] = told
     aside = {name for name in folder.records if _ASIDE.search(name)}
-    return PackedFolder(folder, config, packed, aside)
+    return PackedFolder(folder, config, packed, aside, inputs)
+
+
+def _scheme(settings: Mapping[str, Any], path: Path) -> str | None:
+    """``dynamic`` or ``static``: how layers round their inputs; None where weights are decoded on loading."""
+    if settings.get("dequantize", False) is True:
+        return None
+    found = settings.get("activation_scheme", "dynamic")
+    if not isinstance(found, str) or found.lower() not in ("dynamic", "static"):
+        raise BadFile(f"activation_scheme is {found!r}", where=str(path / "config.json"))
+    return found.lower()
 
 
 def _declared(settings: Mapping[str, Any], path: Path) -> tuple[int, int] | None:
@@ -97,7 +119,26 @@ class _Stored:
         return Quantized(grid, self.codes(), {"scale": self.scales()}, self.shape)
 
 
-def _weight(folder: TensorFolder, weight: Record, declared: tuple[int, int] | None) -> Packed:
+def _inputs(stored: _Stored, scheme: str) -> Inputs | None:
+    """What a layer rounds its inputs to; None where no kernel multiplies with its weight in FP8.
+
+    Raises:
+        BadFile: the scale is static, and is not there or no scale.
+    """
+    folder, stem = stored.folder, stored.weight.name.removesuffix(".weight")
+    micro = stored.block == (1, 32) and stored.scale.dtype in _POWERS
+    if stored.weight.dtype == "I8" and not micro:
+        return None
+    if scheme == "static":
+        name = next((stem + end for end in _FIXED if stem + end in folder.records), stem + _FIXED[0])
+        fixed = {"scale": one_number(folder, name)}
+        return checked_inputs(parse_inputs("fp8-e4m3-tensor-static"), fixed, f"{name} in {folder.path}")
+    width = stored.block[1]
+    extent = "token" if width >= stored.shape[1] else f"g{width}-token"
+    return Inputs(parse_inputs("mxfp8-ceil" if micro else f"fp8-e4m3-{extent}"))
+
+
+def _stored(folder: TensorFolder, weight: Record, declared: tuple[int, int] | None) -> _Stored:
     stem = weight.name.removesuffix(".weight")
     scale = next((folder.records[stem + end] for end in _SCALES if stem + end in folder.records), None)
     if scale is None:
@@ -107,8 +148,7 @@ def _weight(folder: TensorFolder, weight: Record, declared: tuple[int, int] | No
     shape = (weight.shape[0], weight.shape[1] * (2 if weight.dtype == "I8" else 1))
     if scale.dtype not in (*DENSE, *_POWERS):
         raise BadFile(f"{scale.name!r} is {scale.dtype}, which is no scale", where=str(scale.path))
-    stored = _Stored(folder, weight, scale, shape, _block(scale, shape, declared))
-    return Packed(shape, (weight.name, scale.name), stored.dense, stored.quantized)
+    return _Stored(folder, weight, scale, shape, _block(scale, shape, declared))
 
 
 def _block(scale: Record, shape: tuple[int, int], declared: tuple[int, int] | None) -> tuple[int, int]:

@@ -133,8 +133,8 @@ class Bitmill(InputContainer):
     def refuses_inputs(self, grid: Grid, inputs: InputGrid) -> str | None:
         return "it tells of the inputs of quantized weights only" if isinstance(grid, Dense) else None
 
-    def implied_inputs(self, grid: Grid) -> InputGrid | None:
-        return None
+    def implied_inputs(self, rows: Sequence[Row]) -> Mapping[str, InputGrid]:
+        return {}
 
     def adapt(self, grid: Grid, dtype: str) -> Grid:
         return grid

@@ -78,14 +78,14 @@ class Bitsandbytes(InputContainer):
         return grid.refuses(shape)
 
     def refuses_inputs(self, grid: Grid, inputs: InputGrid) -> str | None:
-        if inputs == self.implied_inputs(grid):
-            return None
         if isinstance(grid, LlmInt8):
+            if inputs == ROUNDS:
+                return None
             return f"its 8-bit layers round inputs to {ROUNDS}, and to nothing else; > bitmill holds both"
         return "its 4-bit layers leave inputs as they are; > bitmill holds both"
 
-    def implied_inputs(self, grid: Grid) -> InputGrid | None:
-        return ROUNDS if isinstance(grid, LlmInt8) else None
+    def implied_inputs(self, rows: Sequence[Row]) -> Mapping[str, InputGrid]:
+        return {row.name: ROUNDS for row in rows if isinstance(row.grid, LlmInt8)}
 
     def adapt(self, grid: Grid, dtype: str) -> Grid:
         return grid

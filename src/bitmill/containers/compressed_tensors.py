@@ -86,8 +86,8 @@ class CompressedTensors(InputContainer):
         fits = isinstance(grid, Minifloat) and (inputs.element, inputs.scaling) == ("e4m3", "real")
         return None if fits else "FP8 weights go with fp8-e4m3-token, -tensor, -tensor-static and -g128-token"
 
-    def implied_inputs(self, grid: Grid) -> InputGrid | None:
-        return None
+    def implied_inputs(self, rows: Sequence[Row]) -> Mapping[str, InputGrid]:
+        return {}
 
     def adapt(self, grid: Grid, dtype: str) -> Grid:
         """Readers hold scales in the model's own type, so a 16-bit model gets scales of that type; single

@@ -1,9 +1,13 @@
 """Folders of transformers' own FP8: the tiles of 128 × 128 that DeepSeek and Qwen publish, E5M2, and MXFP8.
 
 A weight and its ``weight_scale_inv``, which in spite of the name is what the stored numbers are multiplied
-by (DeepSeek-V3 technical report, arXiv 2412.19437, section 3.3). Without a GPU transformers decodes such a
-folder as it loads it. With one it multiplies in FP8, which rounds the inputs of layers to FP8 as they come
-(``activation_scheme`` dynamic): what is measured here is the weights alone.
+by (DeepSeek-V3 technical report, arXiv 2412.19437, section 3.3). Layers multiply in FP8, so their inputs are
+rounded too, asked or not: as they come, a scale for each run of 128 channels of a token (tiles), each token
+(one scale a weight) or 32 channels (MXFP8, ``mxfp8-ceil``), or by a fixed ``activation_scale`` where the
+recipe says ``input=fp8-e4m3-tensor-static``. That is what transformers' kernels do on a GPU and vLLM does;
+calibration, ``measure`` and ``load`` do the same. Without a GPU transformers decodes the weights as it loads
+them and rounds no input, which is what it does everywhere with a folder marked ``dequantize``: E5M2, which
+no kernel takes, and weights of experts with one scale each.
 """
 
 from __future__ import annotations
@@ -25,8 +29,9 @@ from bitmill.checkpoint.safetensors_write import (
     to_bytes,
 )
 from bitmill.containers._fp8_read import open_folder
-from bitmill.core.axes import Checkpoint, Container, Grid
+from bitmill.core.axes import Checkpoint, Grid, InputContainer
 from bitmill.core.errors import Refused
+from bitmill.core.inputs import InputGrid, parse_inputs
 from bitmill.core.types import FileImage, Quantized, Row
 from bitmill.families.base import LINEAR_ROLES, is_expert
 from bitmill.grids.dense import Dense
@@ -36,12 +41,13 @@ METHODS = ("fp8", "mxfp8")
 
 _WEIGHT = ".weight"
 _ELEMENTS = {"e4m3": "F8_E4M3", "e5m2": "F8_E5M2"}
+_STATIC = "fp8-e4m3-tensor-static"
 _SCALINGS = {"e4m3": ("b128", "tensor", "mx"), "e5m2": ("b128", "tensor", "channel", "mx")}
 
 
 @final
 @dataclass(frozen=True)
-class Fp8(Container):
+class Fp8(InputContainer):
     """A Hugging Face folder with one FP8 grid for all its layers, as transformers 5 and vLLM take it."""
 
     single_file: ClassVar[bool] = False
@@ -71,6 +77,28 @@ class Fp8(Container):
             )
         return None
 
+    def refuses_inputs(self, grid: Grid, inputs: InputGrid) -> str | None:
+        scaling = grid.scaling if isinstance(grid, Minifloat) and grid.element == "e4m3" else ""
+        allowed = {
+            "b128": ("fp8-e4m3-g128-token", "fp8-e4m3-token", _STATIC),
+            "tensor": ("fp8-e4m3-token", _STATIC),
+            "mx": ("mxfp8-ceil",),
+        }.get(scaling, ())
+        if str(inputs) in allowed:
+            return None
+        said = (
+            f"with this weight go {', '.join(allowed)}" if allowed else "its weights are decoded on loading"
+        )
+        return f"{said}; > compressed-tensors or > bitmill may say it"
+
+    def implied_inputs(self, rows: Sequence[Row]) -> Mapping[str, InputGrid]:
+        placed = [row for row in rows if not isinstance(row.grid, Dense)]
+        # one factor a weight is too few for gate and up, which transformers joins in each expert
+        if any(str(row.grid) == "fp8-e4m3-tensor" and is_expert(row.name) for row in placed):
+            return {}
+        found = ((row.name, _dynamic(row)) for row in placed)
+        return {name: inputs for name, inputs in found if inputs is not None}
+
     def adapt(self, grid: Grid, dtype: str) -> Grid:
         """Scales are single precision, or powers of two: nothing is left open."""
         return grid
@@ -94,10 +122,27 @@ class Fp8(Container):
     def pack(self, row: Row, quantized: Quantized, source: Checkpoint) -> Mapping[str, bytes]:
         if isinstance(row.grid, Dense):
             return {row.name: to_bytes(quantized.codes)}
+        fixed = quantized.inputs.get("scale") if row.inputs is not None and row.inputs.static else None
         return {
             row.name: to_bytes(quantized.codes),
             f"{row.name}_scale_inv": to_bytes(_scale(quantized)),
+            **({} if fixed is None else {_fixed_name(row): to_bytes(fixed.to(torch.float32).reshape(()))}),
         }
+
+
+def _fixed_name(row: Row) -> str:
+    return f"{row.name.removesuffix(_WEIGHT)}.activation_scale"
+
+
+def _dynamic(row: Row) -> InputGrid | None:
+    """What a layer rounds its inputs to as they come; None where no kernel multiplies with its weight."""
+    grid = row.grid
+    if not isinstance(grid, Minifloat) or grid.element != "e4m3":
+        return None
+    wide = grid.scaling == "tensor" or row.shape[1] <= 128
+    return parse_inputs(
+        "mxfp8-ceil" if grid.scaling == "mx" else "fp8-e4m3-token" if wide else "fp8-e4m3-g128-token"
+    )
 
 
 def _scale(quantized: Quantized) -> Tensor:
@@ -120,18 +165,20 @@ def _planned(row: Row) -> dict[str, Planned]:
         "tensor": ("F32", ()),
         "mx": ("U8", (out, columns // 32)),
     }
+    static = row.inputs is not None and row.inputs.static
     return {
         row.name: (_ELEMENTS[grid.element], row.shape),
         f"{row.name}_scale_inv": scales[grid.scaling],
+        **({_fixed_name(row): ("F32", ())} if static else {}),
     }
 
 
 def _settings(rows: Sequence[Row]) -> dict[str, Any]:
-    """The ``quantization_config``, or nothing when no row is quantized. Multiplication in FP8 knows E4M3 in
-    tiles, whole tensors and MX blocks; what it does not know is marked to be decoded on loading.
+    """The ``quantization_config``, or nothing when no row is quantized. Where no inputs are rounded, weights
+    are marked to be decoded on loading.
 
     Raises:
-        Refused: several grids, or experts of one block some of which stay dense.
+        Refused: several grids, several ways with inputs, or experts of one block some of which stay dense.
     """
     placed = [row for row in rows if not isinstance(row.grid, Dense)]
     if not placed:
@@ -150,17 +197,47 @@ def _settings(rows: Sequence[Row]) -> dict[str, Any]:
     kept = [r.name.removesuffix(_WEIGHT) for r in rows if _is_layer(r) and r.name not in chosen]
     kept += _dense_experts(rows, chosen)
     micro = grid.scaling == "mx"
-    # one factor a weight is too few for gate and up, which transformers joins in each expert
-    decoded = grid.element != "e4m3" or (grid.scaling == "tensor" and any(map(is_expert, chosen)))
+    scheme = _scheme(placed)
     return {
         "quant_method": "mxfp8" if micro else "fp8",
         "fmt": grid.element,
-        "activation_scheme": "dynamic",
+        "activation_scheme": scheme or "dynamic",
         "weight_block_size": {"b128": [128, 128], "mx": [1, 32]}.get(grid.scaling),
         "scale_fmt": "ue8m0" if micro else "float",
         "modules_to_not_convert": list(dict.fromkeys([*kept, "lm_head"])),
-        **({"dequantize": True} if decoded else {}),
+        **({} if scheme else {"dequantize": True}),
     }
+
+
+def _scheme(placed: Sequence[Row]) -> str | None:
+    """``dynamic``, ``static``, or None where inputs stay as they are.
+
+    Raises:
+        Refused: not all alike, or what no such folder says.
+    """
+    found: dict[str | None, Row] = {}
+    for row in placed:
+        found[None if row.inputs is None else "static" if row.inputs.static else "dynamic"] = row
+        if row.inputs is not None and not row.inputs.static and row.inputs != _dynamic(row):
+            raise Refused(
+                f"layers with {row.grid} weights round inputs to {_dynamic(row)} as they come, "
+                f"not to {row.inputs}",
+                where=row.name,
+                fix="> compressed-tensors says it layer by layer",
+            )
+        if row.inputs is not None and row.inputs.static and is_expert(row.name):
+            raise Refused(
+                "experts with fixed scales of their inputs have no layout of their own there",
+                where=row.name,
+                fix="> compressed-tensors says it layer by layer",
+            )
+    if len(found) > 1:
+        raise Refused(
+            "the layers of an FP8 folder all round their inputs in one way",
+            where=list(found.values())[1].name,
+            fix="> compressed-tensors says it layer by layer",
+        )
+    return next(iter(found))
 
 
 def _dense_experts(rows: Sequence[Row], chosen: Collection[str]) -> list[str]:

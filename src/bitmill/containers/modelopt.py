@@ -1,7 +1,10 @@
 """Folders of NVIDIA's ModelOpt in FP8, MXFP8 and NVFP4, which TensorRT-LLM, vLLM and SGLang load. Read only.
 
 An NVFP4 value is element · ``weight_scale`` · ``weight_scale_2`` (one over compressed-tensors' global scale);
-an FP8 value is element · ``weight_scale``. Scales of inputs and of the cache are left aside.
+an FP8 value is element · ``weight_scale``. Inputs of layers are rounded as its runtimes do it, in ``measure``
+and ``load`` too: to FP8 or NVFP4 by the ``input_scale`` beside the weight, where there is one; as they come,
+to FP8 a token where a weight has a scale a channel, and to ``mxfp8-ceil`` where it is MXFP8. Scales of the
+cache are left aside.
 """
 
 from __future__ import annotations
@@ -16,12 +19,21 @@ from typing import Any, ClassVar, final
 import torch
 
 from bitmill.checkpoint.hf_folder import read_config, read_object
-from bitmill.checkpoint.packed_folder import Packed, PackedFolder, from_quantized, quantization_config
+from bitmill.checkpoint.packed_folder import (
+    Packed,
+    PackedFolder,
+    checked_inputs,
+    from_quantized,
+    one_number,
+    quantization_config,
+)
 from bitmill.checkpoint.read_only import ReadOnly
 from bitmill.checkpoint.safetensors import Record, TensorFolder
 from bitmill.core.axes import Checkpoint
 from bitmill.core.errors import BadFile, Refused
-from bitmill.core.types import Quantized
+from bitmill.core.inputs import parse_inputs
+from bitmill.core.types import Inputs, Quantized
+from bitmill.families.base import describe
 from bitmill.grids.minifloat import Minifloat
 from bitmill.numerics.bits import unpack
 
@@ -74,12 +86,16 @@ class Modelopt(ReadOnly):
         if not isinstance(settings, dict):
             raise BadFile("the quantization is not described", where=str(path / _BESIDE))
         _refuse(settings, folder, path)
-        packed = {}
+        packed, inputs = {}, {}
+        family = describe(config)
         for name, record in folder.records.items():
             if name.endswith(_WEIGHT) and f"{name}_scale" in folder.records:
-                packed[name] = _weight(folder, record)
+                packed[name], grid = _weight(folder, record)
+                told = _inputs(folder, name, grid) if family.role(name)[0] != "embed" else None
+                if told is not None:
+                    inputs[name] = told
         aside = {name for name in folder.records if _ASIDE.search(name)}
-        return PackedFolder(folder, {**config, "quantization_config": settings}, packed, aside)
+        return PackedFolder(folder, {**config, "quantization_config": settings}, packed, aside, inputs)
 
 
 def _refuse(settings: Mapping[str, Any], folder: TensorFolder, path: Path) -> None:
@@ -99,8 +115,25 @@ def _refuse(settings: Mapping[str, Any], folder: TensorFolder, path: Path) -> No
             )
 
 
-def _weight(folder: TensorFolder, weight: Record) -> Packed:
-    """One weight, by how it is stored.
+def _inputs(folder: TensorFolder, weight: str, grid: Minifloat) -> Inputs | None:
+    """What a layer rounds its inputs to.
+
+    Raises:
+        BadFile: its fixed scale is none.
+    """
+    name = f"{weight.removesuffix(_WEIGHT)}.input_scale"
+    if grid.scaling == "mx":
+        return Inputs(parse_inputs("mxfp8-ceil"))
+    if name not in folder.records:
+        return Inputs(parse_inputs("fp8-e4m3-token")) if grid.scaling == "channel" else None
+    scale, where = one_number(folder, name).to(torch.float32), f"{name} in {folder.path}"
+    if grid.scaling == "nv":
+        return checked_inputs(parse_inputs("nvfp4"), {"gain": 1 / scale}, where)
+    return checked_inputs(parse_inputs("fp8-e4m3-tensor-static"), {"scale": scale}, where)
+
+
+def _weight(folder: TensorFolder, weight: Record) -> tuple[Packed, Minifloat]:
+    """One weight, by how it is stored, and its grid.
 
     Raises:
         BadFile: its parts do not have the types and shapes of any layout.
@@ -116,7 +149,8 @@ def _weight(folder: TensorFolder, weight: Record) -> Packed:
         size = 1 if whole.shape in ((), (1,)) else 0
         if (weight.dtype, scale.dtype, scale.shape, whole.dtype, size) == nested and columns % 8 == 0:
             shape = (out, columns * 2)
-            return from_quantized(shape, parts, partial(_nvfp4, folder, weight.name, shape))
+            unpack_it = partial(_nvfp4, folder, weight.name, shape)
+            return from_quantized(shape, parts, unpack_it), Minifloat("e2m1", "nv")
     elif weight.dtype == "F8_E4M3":
         grid = None
         if (scale.dtype, scale.shape) == ("U8", (out, columns // 32)) and columns % 32 == 0:
@@ -126,7 +160,7 @@ def _weight(folder: TensorFolder, weight: Record) -> Packed:
         elif scale.dtype in ("F32", "F16", "BF16") and scale.shape in ((out,), (out, 1)):
             grid = Minifloat("e4m3", "channel")
         if grid is not None:
-            return from_quantized((out, columns), parts, partial(_fp8, folder, weight.name, grid))
+            return from_quantized((out, columns), parts, partial(_fp8, folder, weight.name, grid)), grid
     stored = ", ".join(f"{folder.record(p).dtype} {list(folder.record(p).shape)}" for p in parts)
     raise BadFile(f"{weight.name!r} is stored as {stored}, which no layout has", where=str(weight.path))
 

@@ -455,9 +455,9 @@ class InputContainer(Container):
         which would; or None."""
 
     @abstractmethod
-    def implied_inputs(self, grid: Grid) -> InputGrid | None:
-        """What readers of this file round the inputs of a linear with its weight on ``grid`` to, whether or
-        not anybody asks; None where they leave them."""
+    def implied_inputs(self, rows: Sequence[Row]) -> Mapping[str, InputGrid]:
+        """What readers of this file round the inputs of linears to, whether or not anybody asks, by name of
+        their rows; those that they leave are not there. ``rows`` are all of the plan's."""
 
 
 def torch_dtype(name: str) -> torch.dtype:

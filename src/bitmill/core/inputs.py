@@ -15,14 +15,20 @@ from bitmill.core.errors import BadRecipe
 _TEXT = re.compile(
     r"(int[2-8]|fp8-e4m3)-(token|tensor|g[1-9]\d{0,5}(?:-token)?)(?:-(static))?(?:-(sym|asym))?(?:-(static))?"
 )
-_SMALL = {"mxfp8": ("e4m3", 8), "mxfp6-e2m3": ("e2m3", 6), "mxfp4": ("e2m1", 4), "nvfp4": ("e2m1", 4)}
+_SMALL = {
+    "mxfp8": ("e4m3", 8, "mx"),
+    "mxfp8-ceil": ("e4m3", 8, "ceil"),
+    "mxfp6-e2m3": ("e2m3", 6, "mx"),
+    "mxfp4": ("e2m1", 4, "mx"),
+    "nvfp4": ("e2m1", 4, "nv"),
+}
 _LOUD = re.compile(r"llm-int8(?:-(\d{1,3}(?:\.\d{1,6})?))?")
 _ALSO = {"mxfp6": "mxfp6-e2m3", "mxfp8-e4m3": "mxfp8", "mxfp4-e2m1": "mxfp4"}
 
 EXAMPLES = (
     "int8-token", "int8-token-asym", "int8-tensor", "int8-tensor-static", "int8-tensor-static-asym",
     "int4-token", "int4-g128-token", "fp8-e4m3-token", "fp8-e4m3-tensor", "fp8-e4m3-tensor-static",
-    "fp8-e4m3-g128-token", "mxfp8", "mxfp6-e2m3", "mxfp4", "nvfp4", "llm-int8",
+    "fp8-e4m3-g128-token", "mxfp8", "mxfp8-ceil", "mxfp6-e2m3", "mxfp4", "nvfp4", "llm-int8",
 )  # fmt: skip
 """Spellings that help and documentation show."""
 
@@ -43,8 +49,10 @@ class InputGrid:
         group: channels of a group; 0 for the others.
         symmetric: whether there is no zero point.
         static: whether scale (and zero point) are fixed by calibration.
-        scaling: ``real``; ``mx``, powers of two; ``nv``, E4M3 under one fixed gain; ``loud``, LLM.int8()'s:
-            whole numbers up to 127, and channels that reach ``threshold`` anywhere in a sequence as they are.
+        scaling: ``real``; ``mx``, powers of two by compressed-tensors' rule, and ``ceil``, the power of two
+            that cuts nothing off (NVIDIA's rule, and that of transformers' FP8 kernels); ``nv``, E4M3 under
+            one fixed gain; ``loud``, LLM.int8()'s: whole numbers up to 127, and channels that reach
+            ``threshold`` anywhere in a sequence as they are.
         threshold: of ``loud``; at 0 no channel is left out.
     """
 
@@ -63,8 +71,8 @@ class InputGrid:
         if self.scaling == "loud":
             return "llm-int8" if self.threshold == LOUD else f"llm-int8-{self.threshold:g}"
         kind = f"int{self.bits}" if self.element == "int" else f"fp{self.bits}-{self.element}"
-        if self.scaling == "mx":
-            return f"mxfp{self.bits}" + (f"-{self.element}" if self.bits == 6 else "")
+        if self.scaling in ("mx", "ceil"):
+            return f"mxfp{self.bits}{'-ceil' * (self.scaling == 'ceil')}{'-e2m3' * (self.bits == 6)}"
         extent = f"g{self.group}-token" if self.extent == "group" else self.extent
         return f"{kind}-{extent}{'-static' * self.static}{'' if self.symmetric else '-asym'}"
 
@@ -93,9 +101,8 @@ def find_inputs(text: str) -> InputGrid | None:
     """The input grid that this lower-case text names, or None."""
     text = _ALSO.get(text, text)
     if text in _SMALL:
-        element, bits = _SMALL[text]
-        nested = text == "nvfp4"
-        return InputGrid(element, bits, "group", 16 if nested else 32, scaling="nv" if nested else "mx")
+        element, bits, scaling = _SMALL[text]
+        return InputGrid(element, bits, "group", 16 if scaling == "nv" else 32, scaling=scaling)
     loud = _LOUD.fullmatch(text)
     if loud is not None:
         return llm_int8_inputs(LOUD if loud[1] is None else float(loud[1]))

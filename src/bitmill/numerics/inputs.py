@@ -3,7 +3,8 @@ float32.
 
 Runtimes that fuse it into a kernel differ in last places (vLLM's int8 kernels divide the largest value by
 127, not 127.5). MX scales follow the rule of that package: the power of two below, or the one above from 1.75
-times it on (OCP Microscaling Formats v1.0 leaves the choice open); NVFP4's block scales are E4M3.
+times it on (OCP Microscaling Formats v1.0 leaves the choice open), or else, as ``mxfp8-ceil``, the least one
+that cuts nothing off; NVFP4's block scales are E4M3.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _E4M3, _E2M1 = ELEMENTS["e4m3"], ELEMENTS["e2m1"]
 _NO_SCALE = torch.finfo(torch.float32).eps  # what stands for a scale of 0, in float32 and in E4M3
 _NO_BLOCK_SCALE = 0.125
 _OFFSET = {"e4m3": 8, "e2m3": 2, "e2m1": 2}  # binary exponent of the largest element
+_MANTISSA = (1 << 23) - 1
 _CARRY = {"e4m3": 21, "e2m3": 19, "e2m1": 21}  # bit of the mantissa whose addition reaches the next power
 
 
@@ -89,7 +91,7 @@ def check_inputs(model: nn.Module, inputs: Mapping[str, Inputs], where: str) -> 
             raise Refused(
                 f"inputs of {name} are to be rounded to {how.grid}: {reason}",
                 where=where,
-                fix="run it with the runtime it was made for; transformers runs experts as one tensor",
+                fix="the weights alone: bitmill quantize MODEL hf-bf16 -o FOLDER, and measure that",
             )
 
 
@@ -102,6 +104,10 @@ def _params(grid: InputGrid, x: Tensor, fixed: Params) -> tuple[Tensor, Tensor |
     else:
         dims = (x.dim() - 1,)
     low, high = x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
+    if grid.scaling == "ceil":
+        bits = (torch.maximum(-low, high) / ELEMENTS[grid.element].largest).contiguous().view(torch.int32)
+        exponent = (bits >> 23) + ((bits & _MANTISSA) != 0)
+        return power_of_two(exponent.clamp(1, 254).to(torch.uint8)), None
     if grid.scaling == "mx":
         size = torch.maximum(-low, high)
         carried = size.contiguous().view(torch.int32) + (1 << _CARRY[grid.element])

@@ -20,9 +20,13 @@ from transformers import (
 from bitmill.checkpoint.tokenizer import load_tokenizer
 from bitmill.core.axes import Checkpoint, inputs_of
 from bitmill.core.errors import BadFile, Refused
-from bitmill.numerics.inputs import check_inputs, input_hook
+from bitmill.core.types import Inputs
+from bitmill.families.base import describe
+from bitmill.numerics.expert_inputs import check_all_inputs, round_experts
+from bitmill.numerics.inputs import input_hook
 from bitmill.source import open_source
 
+_LAYERS = "model.layers"
 _PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
 
@@ -65,14 +69,23 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Pr
     )
     _check(found, checkpoint)
     inputs = inputs_of(checkpoint)
-    check_inputs(made, inputs, str(checkpoint.path))
-    for name, how in inputs.items():
-        linear = made.get_submodule(name.removesuffix(".weight"))
-        linear.register_forward_pre_hook(input_hook(partial(inputs.get, name, how)))
+    if inputs:
+        _round(made, inputs, checkpoint)
     text = checkpoint.carried.get("generation_config.json")
     if text is not None:
         made.generation_config = GenerationConfig.from_dict(json.loads(text))
     return made.eval()
+
+
+def _round(model: PreTrainedModel, inputs: Mapping[str, Inputs], checkpoint: Checkpoint) -> None:
+    """Hooks that round inputs as the checkpoint says."""
+    joined = describe(checkpoint.config).joined
+    check_all_inputs(model, _LAYERS, inputs, joined, str(checkpoint.path))
+    for index, block in model.get_submodule(_LAYERS).named_children() if joined else ():
+        round_experts(block, f"{_LAYERS}.{index}.", inputs, joined)
+    linears = {f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    for name in inputs.keys() & linears.keys():
+        linears[name].register_forward_pre_hook(input_hook(partial(inputs.get, name)))
 
 
 def _check(found: Mapping[str, Any], checkpoint: Checkpoint) -> None:
