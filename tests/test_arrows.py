@@ -48,8 +48,10 @@ ARROWS: dict[str, set[str]] = {
     "transfer": _MILLED | {"mill", "walk", "conversion", "relabel"},
     "several": _MILLED | {"mill", "walk", "transfer"},
     "run": _FACTS | {"source"},
+    "advise": _PLANNED | {"planning", "run"},
     "measurement": _MILLED | {"mill", "run"},
-    "cli": _MILLED | {"mill", "transfer", "several", "conversion", "run", "measurement", "budgeting"},
+    "cli": _MILLED
+    | {"mill", "transfer", "several", "conversion", "run", "measurement", "budgeting", "advise"},
     "__main__": {"cli"},
     "": set(),  # bitmill/__init__.py names modules as text, and imports none
 }

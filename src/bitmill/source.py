@@ -33,13 +33,22 @@ def open_source(text: str, *, revision: str | None = None) -> Checkpoint:
         Refused: it does not exist, cannot be had, or is nothing that can be read here.
         BadFile: a file is not what it claims to be.
     """
+    return open_path(locate(text, revision=revision))
+
+
+def locate(text: str, *, revision: str | None = None) -> Path:
+    """The file or folder of the model that ``text`` names, see :func:`open_source`; a hub id is fetched.
+
+    Raises:
+        Refused: it does not exist, or cannot be had.
+    """
     if text == EMBEDDED and not Path(text).exists():
-        return open_path(embedded_model())
+        return embedded_model()
     path = Path(text).expanduser()
     if path.exists():
-        return open_path(path)
+        return path
     if is_hub_id(text) and not text.startswith(".") and path.suffix != ".gguf":
-        return open_path(fetch(text, revision))
+        return fetch(text, revision)
     raise Refused(
         f"there is no file or folder {text!r}",
         fix=f"a model folder, a .gguf file, a hub id (org/name), or {EMBEDDED}",

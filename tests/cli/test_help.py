@@ -70,7 +70,7 @@ def test_a_recipe_and_bits_are_two_answers(command: Command) -> None:
 
 
 def test_no_recipe_at_all(command: Command) -> None:
-    said = command("plan", "smollm2")
+    said = command("quantize", "smollm2", "-o", "out.gguf")
     assert said.code == 2 and "no recipe is given" in said.err
 
 

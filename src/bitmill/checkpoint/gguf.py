@@ -72,8 +72,9 @@ class GgufTensor:
 class Cursor:
     """Reads primitives at a moving position and refuses to pass the end of the file."""
 
-    def __init__(self, data: mmap.mmap, path: Path) -> None:
-        self.data, self.path, self.at, self.size = data, path, 0, len(data)
+    def __init__(self, data: mmap.mmap | bytes, path: Path, size: int | None = None) -> None:
+        self.data, self.path, self.at = data, path, 0
+        self.size = len(data) if size is None else size
         self.elements = 0
 
     def bad(self, what: str, at: int | None = None, fix: str | None = None) -> BadFile:
@@ -284,6 +285,15 @@ def _part_paths(path: Path) -> list[Path]:
             fix="put all parts in one folder",
         )
     return paths
+
+
+def planned_file(head: bytes, bytes_: int) -> tuple[Mapping[str, Any], Mapping[str, GgufTensor]]:
+    """Keys and tensors of a file to come, from its head and its size; the head is one of ours."""
+    cursor = Cursor(head, Path("planned.gguf"), bytes_)
+    _, tensor_count, key_count = _preamble(cursor)
+    keys, raw = _read_keys(cursor, key_count)
+    records = [_read_record(cursor) for _ in range(tensor_count)]
+    return keys, _place(cursor, records, _alignment(cursor, keys, raw), 0)
 
 
 def _parse(path: Path, index: int) -> _Part:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bitmill.cli import say
+from bitmill.cli.memory import Asked, Context, Kv, MachineText, Parallel, RuntimeName, answer
 from bitmill.cli.options import (
     Bits,
     EmbeddingType,
@@ -61,22 +62,35 @@ def plan(
     imatrix: ImatrixFiles = None,
     imatrix_missing: ImatrixMissing = "plain",
     revision: Revision = None,
+    context: Context = None,
+    parallel: Parallel = None,
+    kv: Kv = None,
+    machine: MachineText = None,
+    runtime: RuntimeName = None,
     rows: Annotated[
         bool, typer.Option("--rows", help="A line for every tensor, not for every kind.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Say what a recipe would do, before any weight is read.
+    """Say what a recipe would do, before any weight is read, and what memory running the model takes.
 
     Every tensor's grid and why, the size exact to the byte, memory and time as modelled. What cannot work is
-    refused here, with what would.
+    refused here, with what would. With --context, --kv, --machine …: whether the result fits, and which
+    context would. Without a recipe: the model as it is.
 
         bitmill plan smollm2 Q4_K_M
         bitmill plan ./my-model "awq + gptq : int4-g128" --rows
+        bitmill plan ./my-model Q4_K_M --context 32768 --kv q8_0 --machine vram=8GB,ram=32GB
+        bitmill plan file.gguf --context 16384
     """
     from bitmill.planning import plan as make_plan
     from bitmill.source import open_source
 
+    asked = Asked(context, parallel, kv, machine, runtime)
+    if recipe is None and bits is None:
+        running = answer(asked, model, revision)
+        say.emit({"memory": running.to_json()}) if json else running.show()
+        return
     source = open_source(model, revision=revision)
     file = (split_max_size, split_max_tensors, pre_tokenizer)
     types = Types(tensor_type or (), output_tensor_type, token_embedding_type, pure, *file)
@@ -90,10 +104,14 @@ def plan(
         calibrated=bool(imatrix),
     )
     check_imatrix(made, source, imatrix, imatrix_missing)
+    found = answer(asked, model, revision, made, source) if asked.anything else None
     if json:
-        say.emit(made.to_json())
+        say.emit({**made.to_json(), **({"memory": found.to_json()} if found is not None else {})})
         return
     show(made, rows)
+    if found is not None:
+        say.result()
+        found.show()
 
 
 def check_imatrix(made: Plan, source: Checkpoint, files: Sequence[Path] | None, missing: str) -> None:

@@ -1,0 +1,148 @@
+"""How runtimes hold a model: in what steps a cache grows, what a window keeps, what they need besides.
+
+What a program takes for itself is no part of any model, and is exact nowhere: each says where it comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from bitmill.advise.cache_types import GGML, CacheType
+from bitmill.advise.shape import Kept
+from bitmill.core.errors import Refused
+
+ALIGNMENT = 32
+"""llama.cpp starts every tensor of a buffer in memory at a multiple of this."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What a program does with a model's memory.
+
+    Attributes:
+        name: as people call it.
+        types: what it stores keys and values as; the first is what it does unasked.
+        ram_bytes, vram_bytes: the program itself, where the model is in main memory or on a card.
+        source: where those come from.
+        page: tokens by which a sequence's cache grows.
+        step: tokens that go through the model at once; 0: a whole prompt.
+        width: bytes of a number while computing.
+        every_logit: whether a step has room for the logits of all its tokens.
+        spare: whether a window's cache holds a step beside the window.
+        latent: whether an MLA block keeps its latent, and not the keys and values made from it.
+        exact: whether the sizes of caches are this program's own, to the byte.
+    """
+
+    name: str
+    types: tuple[str, ...]
+    ram_bytes: int
+    vram_bytes: int
+    source: str
+    page: int = 1
+    step: int = 0
+    width: int = 2
+    every_logit: bool = False
+    spare: bool = False
+    latent: bool = True
+    exact: bool = False
+
+    def cells(self, context: int, window: int | None, full: bool = False) -> int:
+        """Tokens a sequence that one block has room for.
+
+        Args:
+            full: whether blocks with a window keep the whole context nevertheless.
+        """
+        whole = _up(context, self.page)
+        if window is None or full:
+            return whole
+        return _up(min(whole, window + self.spare * min(self.step, whole)), self.page)
+
+    def cache_bytes(
+        self, block: Kept, context: int, parallel: int, kinds: tuple[CacheType, CacheType], full: bool
+    ) -> int:
+        """Bytes of one block's keys and values."""
+        cells = self.cells(context, block.window, full) * parallel
+        return cells * (kinds[0].size(block.keys) + kinds[1].size(block.values))
+
+    def state_bytes(self, block: Kept, parallel: int) -> int:
+        """Bytes of one block's recurrent state."""
+        return sum(_up(4 * numbers * parallel, ALIGNMENT) for numbers in block.states)
+
+    def check(self, kinds: tuple[CacheType, CacheType], blocks: tuple[Kept, ...]) -> None:
+        """Refuse types of a cache that this program does not have, or whose blocks do not divide a head.
+
+        Raises:
+            Refused: with what would work.
+        """
+        for kind in kinds:
+            if kind.name not in self.types and kind.name.partition("-")[0] not in self.types:
+                raise Refused(
+                    f"{self.name} does not store keys and values as {kind.name}",
+                    fix=f"one of: {', '.join(self.types)}",
+                )
+        for block in blocks:
+            for kind, head in zip(kinds, (block.head, block.value_head), strict=True):
+                if head % kind.block:
+                    raise Refused(
+                        f"a head of {head} numbers is not made of {kind.name}'s blocks of {kind.block}",
+                        fix="--kv f16 works for every model",
+                    )
+
+
+_INTEGERS = tuple(f"int{bits}" for bits in range(2, 9))
+_ALL = (
+    Runtime(
+        "llama.cpp",
+        GGML,
+        page=256,
+        step=512,
+        width=4,
+        every_logit=True,
+        spare=True,
+        exact=True,
+        ram_bytes=64 << 20,
+        vram_bytes=512 << 20,
+        source="modelled: in main memory the process beside its buffers, on a card a CUDA context",
+    ),
+    Runtime(
+        "transformers",
+        ("bf16", "f16", "f32", *_INTEGERS),
+        latent=False,
+        ram_bytes=450 << 20,
+        vram_bytes=700 << 20,
+        source="modelled: in main memory Python with torch loaded, on a card a context and libraries",
+    ),
+    Runtime(
+        "vllm",
+        ("bf16", "f16", "fp8", "nvfp4", "int8", "int4"),
+        page=16,
+        step=8192,
+        ram_bytes=2 << 30,
+        vram_bytes=2 << 30,
+        source="modelled: CUDA graphs, workspaces and a profiled step",
+    ),
+    Runtime(
+        "mlx",
+        ("bf16", "f16", *_INTEGERS),
+        page=256,
+        step=2048,
+        ram_bytes=256 << 20,
+        vram_bytes=256 << 20,
+        source="modelled: Python with mlx loaded",
+    ),
+)
+RUNTIMES: Mapping[str, Runtime] = MappingProxyType({runtime.name: runtime for runtime in _ALL})
+_OF_CONTAINER = {"gguf": "llama.cpp", "mlx": "mlx"}
+_SERVED = ("awq", "compressed-tensors", "fp8", "gptq", "gpt-oss", "modelopt")
+
+
+def runtime_of(container: str, card: bool) -> Runtime:
+    """The program that files of a container are usually run with, with a card or without."""
+    usual = "vllm" if card and container in _SERVED else "transformers"
+    return RUNTIMES[_OF_CONTAINER.get(container, usual)]
+
+
+def _up(number: int, step: int) -> int:
+    return -(-number // step) * step
