@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import final
+from typing import ClassVar, final
 
 import numpy as np
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from bitmill.core.axes import LevelGrid, Levels
 from bitmill.core.types import Params, Quantized
-from bitmill.numerics.blocks import TYPES, type_of
 from bitmill.numerics.float_layout import UE4M3
-from bitmill.numerics.ggml_rows import check, not_whole_blocks
+from bitmill.numerics.ggml_grid import BlockGrid
+from bitmill.numerics.ggml_rows import check
 from bitmill.numerics.search import spread
 
 _NAMES = ("mxfp4-floor", "nvfp4-flat")
@@ -31,7 +31,7 @@ _LARGEST = 2.0**126
 
 @final
 @dataclass(frozen=True)
-class GgmlFloat(LevelGrid):
+class GgmlFloat(BlockGrid, LevelGrid):
     """Values ``element · scale`` for four-bit E2M1 elements, by llama.cpp's plain rules.
 
     Importance changes nothing.
@@ -48,35 +48,12 @@ class GgmlFloat(LevelGrid):
 
     type: str = "mxfp4-floor"
 
-    def __post_init__(self) -> None:
-        if self.type not in _NAMES:
-            raise ValueError(f"type {self.type!r} is not one of {', '.join(_NAMES)}")
-
-    @property
-    def block(self) -> tuple[int, int]:
-        return (1, TYPES[type_of(self.type)].length)
+    types: ClassVar[tuple[str, ...]] = _NAMES
+    small: ClassVar[str] = "mxfp4 and q4_0"
 
     @property
     def span(self) -> tuple[int, int]:
         return (1, 1)
-
-    @classmethod
-    def parse(cls, text: str) -> GgmlFloat | None:
-        name = text.lower()
-        return cls(name) if name in _NAMES else None
-
-    @classmethod
-    def examples(cls) -> tuple[GgmlFloat, ...]:
-        return tuple(cls(name) for name in _NAMES)
-
-    def __str__(self) -> str:
-        return self.type
-
-    def refuses(self, shape: tuple[int, ...]) -> str | None:
-        return not_whole_blocks(str(self), shape, self.block[1], "mxfp4 and q4_0")
-
-    def storage_bits(self, shape: tuple[int, int]) -> int:
-        return 8 * shape[0] * TYPES[type_of(self.type)].row_bytes(shape[1])
 
     def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
         """llama.cpp's scales.

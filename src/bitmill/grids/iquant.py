@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple, final
+from typing import ClassVar, NamedTuple, final
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ from bitmill.core.axes import Points, VectorGrid
 from bitmill.core.types import Params, Quantized
 from bitmill.numerics import ggml_thirds as thirds
 from bitmill.numerics import ggml_vectors as vectors
-from bitmill.numerics.blocks import TYPES
 from bitmill.numerics.ggml_codebooks import codebook
+from bitmill.numerics.ggml_grid import BlockGrid
 from bitmill.numerics.ggml_rows import (
     HALF_MAX,
     blocks_of,
@@ -29,7 +29,6 @@ from bitmill.numerics.ggml_rows import (
     half,
     in_threads,
     mean_squares,
-    not_whole_blocks,
     stored,
 )
 from bitmill.numerics.iquant_layout import parity
@@ -66,7 +65,7 @@ _INDEX_BITS = {8: 10, 4: 18}  # where the signs begin, by the width of a point
 
 @final
 @dataclass(frozen=True)
-class IQuant(VectorGrid):
+class IQuant(BlockGrid, VectorGrid):
     """One of llama.cpp's codebook types.
 
     Codes are int32 ``out in/8``: for ``iq2_*`` the index of a point and from bit 10 eight signs; for
@@ -84,35 +83,12 @@ class IQuant(VectorGrid):
 
     type: str = "iq2_xs"
 
-    def __post_init__(self) -> None:
-        if self.type not in _KINDS:
-            raise ValueError(f"codebook type {self.type!r} is not one of {', '.join(_KINDS)}")
-
-    @property
-    def block(self) -> tuple[int, int]:
-        return (1, 256)
+    types: ClassVar[tuple[str, ...]] = tuple(_KINDS)
+    small: ClassVar[str] = "iq4_nl and q4_0"
 
     @property
     def span(self) -> tuple[int, int]:
         return (1, 8)
-
-    @classmethod
-    def parse(cls, text: str) -> IQuant | None:
-        name = text.lower()
-        return cls(name) if name in _KINDS else None
-
-    @classmethod
-    def examples(cls) -> tuple[IQuant, ...]:
-        return tuple(cls(name) for name in _KINDS)
-
-    def __str__(self) -> str:
-        return self.type
-
-    def refuses(self, shape: tuple[int, ...]) -> str | None:
-        return not_whole_blocks(str(self), shape, self.block[1], "iq4_nl and q4_0")
-
-    def storage_bits(self, shape: tuple[int, int]) -> int:
-        return 8 * shape[0] * TYPES[self.type].row_bytes(shape[1])
 
     def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
         return self.round(w, importance).params

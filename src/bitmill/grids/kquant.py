@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from bitmill.core.types import Params, Quantized
 from bitmill.numerics import ggml_scales as scales_of
 from bitmill.numerics import ggml_search as search
 from bitmill.numerics.blocks import TYPES
+from bitmill.numerics.ggml_grid import BlockGrid
 from bitmill.numerics.ggml_rows import (
     HALF_MAX,
     blocks_of,
@@ -25,7 +26,6 @@ from bitmill.numerics.ggml_rows import (
     half,
     in_threads,
     mean_squares,
-    not_whole_blocks,
     stored,
 )
 
@@ -56,7 +56,7 @@ _RANGED_K = ("q2_k", "q4_k", "q5_k")  # scales and mins; the other two are symme
 
 @final
 @dataclass(frozen=True)
-class KQuant(AffineGrid):
+class KQuant(BlockGrid, AffineGrid):
     """One of llama.cpp's block types.
 
     Codes are ``out in``, unsigned as stored (int8 for ``q8_0``). Parameters are float32 that hold
@@ -76,35 +76,12 @@ class KQuant(AffineGrid):
 
     type: str = "q4_k"
 
-    def __post_init__(self) -> None:
-        if self.type not in _NAMES:
-            raise ValueError(f"block type {self.type!r} is not one of {', '.join(_NAMES)}")
-
-    @property
-    def block(self) -> tuple[int, int]:
-        return (1, TYPES[self.type].length)
+    types: ClassVar[tuple[str, ...]] = _NAMES
+    small: ClassVar[str] = "q4_0, q5_0 and q8_0"
 
     @property
     def span(self) -> tuple[int, int]:
         return (1, 1)
-
-    @classmethod
-    def parse(cls, text: str) -> KQuant | None:
-        name = text.lower()
-        return cls(name) if name in _NAMES else None
-
-    @classmethod
-    def examples(cls) -> tuple[KQuant, ...]:
-        return tuple(cls(name) for name in _NAMES)
-
-    def __str__(self) -> str:
-        return self.type
-
-    def refuses(self, shape: tuple[int, ...]) -> str | None:
-        return not_whole_blocks(str(self), shape, self.block[1], "q4_0, q5_0 and q8_0")
-
-    def storage_bits(self, shape: tuple[int, int]) -> int:
-        return 8 * shape[0] * TYPES[self.type].row_bytes(shape[1])
 
     def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
         return self.round(w, importance).params

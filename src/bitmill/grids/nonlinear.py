@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from bitmill.core.axes import LevelGrid, Levels
 from bitmill.core.types import Params, Quantized
 from bitmill.numerics import ggml_levels as search
-from bitmill.numerics.blocks import TYPES
+from bitmill.numerics.ggml_grid import BlockGrid
 from bitmill.numerics.ggml_rows import (
     HALF_MAX,
     blocks_of,
@@ -23,7 +23,6 @@ from bitmill.numerics.ggml_rows import (
     half,
     in_threads,
     mean_squares,
-    not_whole_blocks,
     stored,
 )
 from bitmill.numerics.search import spread
@@ -36,7 +35,7 @@ _LARGEST = HALF_MAX * 32 * 100
 
 @final
 @dataclass(frozen=True)
-class Nonlinear(LevelGrid):
+class Nonlinear(BlockGrid, LevelGrid):
     """Values ``level[code] · scale`` in runs of 32; scales may be negative.
 
     Codes are uint8 ``out in``. Parameters: ``d``, float32 that holds half-precision values, ``out in/32`` for
@@ -49,35 +48,12 @@ class Nonlinear(LevelGrid):
 
     type: str = "iq4_nl"
 
-    def __post_init__(self) -> None:
-        if self.type not in _NAMES:
-            raise ValueError(f"non-linear type {self.type!r} is not one of {', '.join(_NAMES)}")
-
-    @property
-    def block(self) -> tuple[int, int]:
-        return (1, TYPES[self.type].length)
+    types: ClassVar[tuple[str, ...]] = _NAMES
+    small: ClassVar[str] = "iq4_nl and q4_0"
 
     @property
     def span(self) -> tuple[int, int]:
         return (1, 1)
-
-    @classmethod
-    def parse(cls, text: str) -> Nonlinear | None:
-        name = text.lower()
-        return cls(name) if name in _NAMES else None
-
-    @classmethod
-    def examples(cls) -> tuple[Nonlinear, ...]:
-        return tuple(cls(name) for name in _NAMES)
-
-    def __str__(self) -> str:
-        return self.type
-
-    def refuses(self, shape: tuple[int, ...]) -> str | None:
-        return not_whole_blocks(str(self), shape, self.block[1], "iq4_nl and q4_0")
-
-    def storage_bits(self, shape: tuple[int, int]) -> int:
-        return 8 * shape[0] * TYPES[self.type].row_bytes(shape[1])
 
     def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
         return self.round(w, importance).params
