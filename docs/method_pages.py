@@ -19,6 +19,7 @@ from bitmill.checkpoint.read_only import ReadOnly
 from bitmill.core import registry
 from bitmill.core.axes import CalibratedSolver, Container, Grid, InputContainer, Weight
 from bitmill.core.inputs import parse_inputs
+from bitmill.core.types import Row
 from bitmill.known import KNOWN, PRESETS
 from bitmill.recipe import Recipe, parse
 
@@ -291,23 +292,35 @@ def stored(texts: tuple[str, ...]) -> str:
 
 
 def told(method: Method) -> str:
-    """Containers whose files tell a runtime to round the inputs of these recipes' layers."""
-    asking = [recipe for recipe in (parse(line) for line, _ in method.recipes) if recipe.input is not None]
+    """Whose files have a runtime round the inputs of these recipes' layers, because asked to or by nature."""
+    containers = {name: cls() for name, cls in registry.members("containers").items()}
+    able = {name: c for name, c in containers.items() if isinstance(c, InputContainer)}
+    pairs: dict[tuple[str, str], None] = {}
+    for recipe in (parse(line) for line, _ in method.recipes):
+        if not recipe.is_mixture:
+            asked_for = recipe.input or unasked(able.get(recipe.container), recipe.grid)
+            pairs |= {(recipe.grid, asked_for): None} if asked_for else {}
     rows = []
-    for grid, inputs in dict.fromkeys((recipe.grid, str(recipe.input)) for recipe in asking):
-        able = []
-        for name, cls in registry.members("containers").items():
-            container = cls()
-            if isinstance(container, InputContainer):
-                settled = container.adapt(registry.parse_grid(grid), "bf16")
-                refusals = (
-                    container.refuses(settled, "q", SHAPE),
-                    container.refuses_inputs(settled, parse_inputs(inputs)),
-                )
-                able += [name.replace("_", "-")] if refusals == (None, None) else []
-        rows.append([f"`{grid}`", f"`{inputs}`", ", ".join(able)])
-    said = "With rounded inputs, as the recipes above ask for:"
+    for grid, inputs in pairs:
+        found = []
+        for name, container in able.items():
+            settled = container.adapt(registry.parse_grid(grid), "bf16")
+            refusal = container.refuses(settled, "q", SHAPE)
+            if refusal is None and container.refuses_inputs(settled, parse_inputs(inputs)) is None:
+                always = " (always)" if unasked(container, grid) == inputs else ""
+                found.append(name.replace("_", "-") + always)
+        rows.append([f"`{grid}`", f"`{inputs}`", ", ".join(found)])
+    said = "With inputs rounded as the recipes above have it, asked for or always:"
     return f"{said}\n\n" + table(["weights", "inputs", "containers"], rows) if rows else ""
+
+
+def unasked(container: InputContainer | None, grid: str) -> str:
+    """The inputs that a container's readers round whether asked to or not; empty for none."""
+    if container is None:
+        return ""
+    row = Row("model.layers.0.self_attn.q_proj.weight", "q", 0, SHAPE, registry.parse_grid(grid), True, "")
+    inputs = container.implied_inputs([row]).get(row.name)
+    return "" if inputs is None else str(inputs)
 
 
 def holders(grid: Grid) -> list[str]:

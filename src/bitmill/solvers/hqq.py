@@ -35,7 +35,7 @@ class Hqq(Solver):
     Attributes:
         p: the norm; below 1 it forgives outliers.
         beta: how closely the split must follow at first.
-        kappa: its growth a round.
+        kappa: growth of ``beta`` a round.
         rounds: at most so many.
     """
 
