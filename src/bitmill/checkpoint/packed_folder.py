@@ -50,6 +50,7 @@ class PackedFolder(InputCheckpoint):
         packed: quantized weights by canonical name.
         aside: stored tensors that are no weights (scales of activations, of a cache).
         inputs: how the inputs of linears are rounded when the model runs, by weight name.
+        used: stored tensors that are in the values of weights already.
 
     Raises:
         BadFile: a part is missing, belongs to two weights, or to none although it is not a dense weight.
@@ -62,6 +63,7 @@ class PackedFolder(InputCheckpoint):
         packed: Mapping[str, Packed],
         aside: Collection[str] = (),
         inputs: Mapping[str, Inputs] | None = None,
+        used: Collection[str] = (),
     ) -> None:
         self.path: Path = folder.path
         self.folder = folder
@@ -78,7 +80,7 @@ class PackedFolder(InputCheckpoint):
         facts: dict[str, TensorFacts] = {}
         for record in folder.records.values():
             owner = owners.get(record.name)
-            if record.name in aside:
+            if record.name in aside or record.name in used:
                 continue
             if owner is not None:
                 facts.setdefault(owner, TensorFacts(owner, packed[owner].shape, packed[owner].dtype))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from bitmill.checkpoint.packed_folder import (
     from_quantized,
     one_number,
 )
+from bitmill.checkpoint.rotations import Rotation, folded, is_matrix, rotations
 from bitmill.checkpoint.safetensors import DENSE, TensorFolder
 from bitmill.core.axes import Grid
 from bitmill.core.errors import BadFile, Refused
 from bitmill.core.inputs import InputGrid, find_inputs
 from bitmill.core.types import Inputs, Quantized
+from bitmill.families.base import describe
 from bitmill.grids.integer import Integer
 from bitmill.grids.minifloat import Minifloat
 from bitmill.numerics.bits import packed_words, unpack
@@ -40,28 +42,88 @@ _E4M3 = {"tensor": "tensor", "channel": "channel", "block": "b128"}
 
 
 def open_folder(path: Path) -> PackedFolder:
-    """The folder as a checkpoint.
+    """The folder as a checkpoint. What the model rotates while it runs is folded into its weights, which are
+    then dense to a reader; scales of a cache are left aside.
 
     Raises:
-        Refused: rotations at run time, layouts or orders of columns that no grid here describes.
+        Refused: layouts that no grid here describes, rotations that cannot be folded.
         BadFile: settings and tensors do not fit together.
     """
     folder, config = TensorFolder(path), read_config(path)
     settings = config["quantization_config"]
-    rotated = settings.get("transform_config")
-    if rotated and (not isinstance(rotated, dict) or rotated.get("config_groups")):
-        raise Refused("the model is rotated while it runs", where=str(path), fix="give the original model")
-    groups = _checked_groups(settings, path)
+    asked, told = rotations(settings, path), settings.get("transform_config")
+    groups = _checked_groups(settings, path) if settings.get("config_groups") or not told else []
     packed, inputs = {}, {}
     for name in folder.records:
         if name.endswith(_SCALE):
             module = name.removesuffix(_SCALE)
-            about, told = _group_of(module, groups, path)
+            about, rounds = _group_of(module, groups, path)
             weight = packed[f"{module}.weight"] = _weight(folder, module, about)
-            if told is not None:
-                inputs[f"{module}.weight"] = _inputs(folder, module, told, weight.shape[1])
+            if rounds is not None:
+                inputs[f"{module}.weight"] = _inputs(folder, module, rounds, weight.shape[1])
+    matrices = {name for name in folder.records if is_matrix(name, asked)}
+    if asked:
+        _fold(folder, config, asked, packed, inputs, matrices)
     aside = {name for name in folder.records if _ASIDE.search(name)}
-    return PackedFolder(folder, config, packed, aside, inputs)
+    return PackedFolder(folder, config, packed, aside, inputs, matrices)
+
+
+def _fold(
+    folder: TensorFolder,
+    config: Mapping[str, Any],
+    asked: Sequence[Rotation],
+    packed: dict[str, Packed],
+    inputs: Mapping[str, Inputs],
+    matrices: Collection[str],
+) -> None:
+    """Replace the weights of layers that are rotated while the model runs by those of one that is not.
+
+    Raises:
+        Refused: inputs are rounded between rotation and product, or it is not a linear layer that is rotated.
+    """
+    family = describe(config)
+    layers = dict.fromkeys(name.removesuffix(".weight") for name in packed)
+    for name, record in folder.records.items():
+        dense = record.dtype in DENSE and len(record.shape) == 2 and name not in matrices
+        if dense and name.endswith(".weight") and family.role(name)[0] != "embed":
+            layers[name.removesuffix(".weight")] = None
+
+    def names(targets: Sequence[str], module: str) -> bool:
+        return any(
+            t in (module, "Linear") or (t.startswith("re:") and _matches(t[3:], module, folder.path))
+            for t in targets
+        )
+
+    for rotation in asked:
+        for target in rotation.targets:
+            if not any(names((target,), module) for module in layers):
+                raise Refused(
+                    f"the model rotates {target!r}, which is no linear layer", where=str(folder.path)
+                )
+    for module in layers:
+        name = f"{module}.weight"
+        stored = packed.get(name)
+        shape = stored.shape if stored is not None else folder.record(name).shape
+        turn = folded(folder, module, (shape[0], shape[1]), asked, names)
+        if turn is None:
+            continue
+        if name in inputs:
+            raise Refused(
+                "its inputs are rounded in a rotated basis, which is not simulated here",
+                where=f"{module} in {folder.path}",
+                fix="give the original model",
+            )
+        read = stored.dense if stored is not None else partial(folder.read, name)
+        parts = stored.parts if stored is not None else (name,)
+        packed[name] = Packed(shape, parts, partial(_turned, read, turn), _nothing)
+
+
+def _turned(read: Callable[[], Tensor], turn: Callable[[Tensor], Tensor]) -> Tensor:
+    return turn(read())
+
+
+def _nothing() -> None:
+    """No grid has values that were rotated after they were quantized, or columns in an order of their own."""
 
 
 _Group = tuple[Mapping[str, Any], Mapping[str, Any] | None]
@@ -186,7 +248,38 @@ def _weight(folder: TensorFolder, module: str, about: Mapping[str, Any]) -> Pack
                 where=str(record.path),
             )
     names = tuple(f"{module}.{name}" for name in parts)
-    return from_quantized(shape, names, partial(_unpacked, folder, module, grid, shape, plain))
+    unpacked = partial(_unpacked, folder, module, grid, shape, plain)
+    if f"{module}.weight_g_idx" not in folder.records:
+        return from_quantized(shape, names, unpacked)
+    order, names = _order(folder, module, grid, shape), (*names, f"{module}.weight_g_idx")
+    if order is None:
+        return from_quantized(shape, names, unpacked)
+    return Packed(shape, names, partial(_scattered, unpacked, order), _nothing)
+
+
+def _order(folder: TensorFolder, module: str, grid: Grid, shape: tuple[int, int]) -> Tensor | None:
+    """The group of each column, where groups are scattered over the columns (``actorder`` by group).
+
+    Raises:
+        BadFile: it is no such list.
+    """
+    record = folder.record(f"{module}.weight_g_idx")
+    width = grid.group if isinstance(grid, Integer) and grid.group > 0 else 0
+    if record.dtype not in ("I32", "I64") or record.shape != (shape[1],) or not width:
+        raise BadFile(f"{record.name!r} is not the group of each column", where=str(record.path))
+    order = folder.read(record.name).to(torch.int64)
+    if bool((order == -1).all()) or torch.equal(order, torch.arange(shape[1]) // width):
+        return None
+    if int(order.min()) < 0 or int(order.max()) >= shape[1] // width:
+        raise BadFile(f"{record.name!r} names groups that do not exist", where=str(record.path))
+    return order
+
+
+def _scattered(unpacked: Callable[[], Quantized], order: Tensor) -> Tensor:
+    stored = unpacked()
+    half = 2.0 ** (stored.grid.bits - 1) if isinstance(stored.grid, Integer) else 0.0
+    zero = stored.params.get("zero", torch.full_like(stored.params["scale"], half))
+    return (stored.codes.to(torch.float32) - zero[:, order]) * stored.params["scale"][:, order]
 
 
 def _grid(folder: TensorFolder, module: str, about: Mapping[str, Any]) -> Grid:
@@ -195,8 +288,6 @@ def _grid(folder: TensorFolder, module: str, about: Mapping[str, Any]) -> Grid:
     Raises:
         Refused: none here.
     """
-    if f"{module}.weight_g_idx" in folder.records:
-        raise Refused("its columns are grouped by activation order, which no grid here has", where=module)
     scale = folder.record(f"{module}{_SCALE}").dtype
     bits, width, strategy = about.get("num_bits"), about.get("group_size"), about.get("strategy")
     if strategy is None:

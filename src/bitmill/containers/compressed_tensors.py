@@ -4,6 +4,11 @@ Layouts by grid: integers as ``pack-quantized``, FP8 as ``naive-quantized``, MX 
 with inputs that are rounded too, eight-bit rows as ``int-quantized`` and FP8 as ``float-quantized``. The
 ``quantization_config`` names the layers of each grid and describes their inputs; scales that calibration
 fixed stand beside the weights.
+
+Read as well: groups in activation order (``weight_g_idx``) and rotations while the model runs
+(``transform_config``), both as dense values, since no grid has them; rotations go into the weights behind
+them. Neither is written: transformers loads such a folder without its rotations, and ``hadamard`` folds its
+own. Scales of a cache (``k_scale``, ``v_scale``) are left out, and plans and measurements say so.
 """
 
 from __future__ import annotations

@@ -1,0 +1,132 @@
+"""The compressed-tensors package as the judge of rotations: models that it rotates, runs and saves are read
+by us as dense weights that need no rotation. transformers 5 loads such folders without their rotations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors import ModelCompressor
+from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+from compressed_tensors.transform import (
+    TransformArgs,
+    TransformConfig,
+    TransformScheme,
+    apply_transform_config,
+)
+from transformers import AutoModelForCausalLM
+
+from bitmill import mill
+from bitmill.core.errors import Refused
+from bitmill.run.load import load_model
+from bitmill.source import open_path
+from tests.tiny import make_model, tokens
+
+pytestmark = pytest.mark.client
+
+
+def place(location: str, targets: list[str], inverse: bool = False) -> TransformArgs:
+    return TransformArgs(targets=targets, location=location, inverse=inverse)
+
+
+PART = {"a": {"type": "hadamard", "head_dim": 32, "apply": [place("q_attn", ["LlamaAttention"])]}}
+DOWN, QKV = ["re:.*down_proj$"], ["re:.*(q|k|v)_proj$"]
+SCHEMES: dict[str, dict[str, Any]] = {
+    "R4": {
+        "u": {"type": "hadamard", "apply": [place("input", DOWN), place("weight_input", DOWN, True)]},
+    },
+    "QuIP": {
+        "v": {
+            "type": "random-hadamard",
+            "apply": [place("input", QKV + DOWN), place("weight_input", QKV + DOWN, True)],
+        },
+        "u": {
+            "type": "random-hadamard",
+            "apply": [place("weight_output", QKV + DOWN), place("output", QKV + DOWN, True)],
+        },
+    },
+    "blocks": {
+        "b": {
+            "type": "hadamard",
+            "head_dim": 32,
+            "apply": [place("input", ["Linear"]), place("weight_input", ["Linear"], True)],
+        },
+    },
+    "permuted": {
+        "p": {
+            "type": "hadamard",
+            "randomize": True,
+            "apply": [place("input", DOWN), place("weight_input", DOWN, True)],
+        },
+    },
+    "R3": {
+        "a": {
+            "type": "hadamard",
+            "head_dim": 32,
+            "apply": [place("q_attn", ["LlamaAttention"]), place("k_cache", ["LlamaAttention"])],
+        },
+    },
+    "R1 in the file only": {
+        "r": {"type": "hadamard", "apply": [place("weight_output", ["re:.*up_proj$"])]},
+    },
+}
+
+
+def saved(folder: Path, scheme: str, quantized: bool) -> torch.Tensor:
+    """A folder that the package wrote; returns the logits of the model that it ran."""
+    source = make_model(folder / "model", "llama", tied=False)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    groups = {name: TransformScheme(**group) for name, group in SCHEMES.get(scheme, PART).items()}
+    apply_transform_config(model, TransformConfig(config_groups=groups))
+    if quantized:
+        weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+        group = {"targets": ["Linear"], "weights": weights}
+        settings = QuantizationConfig(config_groups={"group_0": group}, ignore=["lm_head"])
+        apply_quantization_config(model, settings)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear) and "weight_scale" in dict(module.named_parameters()):
+                low = module.weight.unflatten(-1, (-1, 32)).abs().amax(-1) / 7.5
+                module.weight_scale.data.copy_(low)
+    with torch.no_grad():
+        logits = model(tokens(2, 12)).logits
+    compressor = ModelCompressor.from_pretrained_model(model)
+    if quantized:
+        compressor.compress_model(model)
+    model.save_pretrained(folder / "out")
+    compressor.update_config(folder / "out")
+    return logits
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "int4"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_runs_rotated_is_read_unrotated(tmp_path: Path, scheme: str, quantized: bool) -> None:
+    wanted = saved(tmp_path, scheme, quantized)
+    found = open_path(tmp_path / "out")
+    with torch.no_grad():
+        logits = load_model(found)(tokens(2, 12)).logits
+    torch.testing.assert_close(logits, wanted, rtol=1e-3, atol=2e-3)
+    rotated = found.stored("model.layers.0.mlp.down_proj.weight")
+    plain = found.stored("model.layers.0.mlp.gate_proj.weight")
+    if quantized:
+        assert (rotated is None) == (scheme not in ("R1 in the file only", "R3"))
+        assert (plain is None) == (scheme == "blocks")
+    mill.quantize(found, "hf-f32", tmp_path / "dense")
+    with torch.no_grad():
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()(tokens(2, 12)).logits
+    assert torch.equal(again, logits)
+
+
+def test_transformers_leaves_the_rotations_out(tmp_path: Path) -> None:
+    """Why no such folder is written here: its reader computes something else."""
+    wanted = saved(tmp_path, "R4", True)
+    with torch.no_grad():
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+        assert float((loaded(tokens(2, 12)).logits - wanted).abs().max()) > 0.1
+
+
+def test_one_side_of_attention_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path, "R3 in part", True)
+    with pytest.raises(Refused, match="queries and keys"):
+        open_path(tmp_path / "out")
