@@ -100,6 +100,14 @@ def test_every_member_has_a_page() -> None:
             assert f"## {member.replace('_', '-')}\n" in page
 
 
+def test_the_tree_of_the_architecture_names_every_module() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    tree = text.partition("src/bitmill/\n")[2].partition("```")[0]
+    for path in (ROOT / "src" / "bitmill").iterdir():
+        if not path.name.startswith("__") and path.name != "py.typed":
+            assert re.search(rf"\b{path.name}{'/' * path.is_dir()}\s", tree), path.name
+
+
 def test_pins_are_exact_and_within_their_ranges() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
