@@ -12,12 +12,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bitmill import mill
+from bitmill.calibrate.importance import take_imatrix
+from bitmill.calibrate.moments import load_moments
 from bitmill.calibrate.stream import Stream
+from bitmill.calibrate.tokens import Calibration
 from bitmill.checkpoint.gguf_model import GgufCheckpoint
 from bitmill.checkpoint.imatrix import Entry, Imatrix, write_imatrix
 from bitmill.checkpoint.safetensors import SafetensorsFolder
 from bitmill.core.errors import BadFile, Refused
 from bitmill.families.base import describe
+from bitmill.grids.integer import Integer
 from bitmill.planning import plan
 from bitmill.recipe import parse
 from bitmill.run.load import load_model
@@ -92,17 +96,72 @@ def test_a_recipe_from_end_to_end(family: str, recipe: str, tmp_path: Path) -> N
 
 
 @every_family
-def test_calibration_is_refused_before_it_starts(family: str, tmp_path: Path) -> None:
+def test_what_calibration_cannot_do_is_refused_before_it_starts(family: str, tmp_path: Path) -> None:
     source = open_source(str(make_model(tmp_path / "model", family, **WIDE)))
-    for recipe in ("gptq : q4_0 > gguf", "IQ2_XS"):
-        with pytest.raises(Refused, match="experts") as caught:
-            plan(parse(recipe), source)
-        assert ".experts.0." in str(caught.value.where)
-    with pytest.raises(Refused, match="experts"):
-        plan(parse("q4_0"), source, calibrated=True)
+    with pytest.raises(Refused, match="other tokens") as caught:
+        plan(parse("gptq(asymmetric=0.25) : q4_0 > gguf"), source)
+    assert ".experts.0." in str(caught.value.where)
     with pytest.raises(Refused, match="nvfp4-flat"):
         plan(parse("nvfp4 > gguf"), source)
-    assert plan(parse("gptq : q4_0, keep=gate+up+down > gguf"), source).needs == "gram"
+    assert plan(parse("gptq : q4_0 > gguf"), source).needs == "gram"
+
+
+@every_family
+@pytest.mark.parametrize("seqlen", [24, 4])
+def test_every_expert_has_the_moments_of_its_own_tokens(family: str, seqlen: int, tmp_path: Path) -> None:
+    """Against transformers' own experts, watched from outside: what their router sends where."""
+    folder = make_model(tmp_path / "model", family)
+    source, ids = open_source(str(folder)), tokens(2, seqlen)
+    matrix = take_imatrix(source, Calibration(ids, {}))
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for layer, block in enumerate(model.model.layers):
+        seen = {}
+        block.mlp.experts.register_forward_pre_hook(lambda _, args, seen=seen: seen.update(args=args))
+        with torch.no_grad():
+            model(ids)
+        hidden, chosen, _ = seen["args"]
+        for kind in ("gate", "up", "down"):
+            entry = matrix.entries[f"blk.{layer}.ffn_{kind}_exps.weight"]
+            assert entry.counts.tolist() == [int((chosen == e).sum()) for e in range(len(entry.counts))]
+            for expert, weight in enumerate(block.mlp.experts.gate_up_proj):
+                x = hidden[(chosen == expert).any(-1)]
+                if kind == "down":
+                    gate, up = (x @ weight.T).chunk(2, -1)
+                    x = torch.nn.functional.silu(gate) * up
+                torch.testing.assert_close(entry.in_sum2[expert], x.square().sum(0), rtol=1e-4, atol=1e-4)
+
+
+@every_family
+@pytest.mark.parametrize("recipe", ["gptq", "awq + gptq(sequential=false)"])
+def test_feedback_on_experts_beats_rounding(family: str, recipe: str, tmp_path: Path) -> None:
+    """Each expert's error on the inputs that it saw, in both ways to walk a block."""
+    source, ids = open_source(str(make_model(tmp_path / "model", family, **WIDE))), tokens(16, 48)
+    mill.quantize(
+        source, f"{recipe} : int3-g32-asym > bitmill", tmp_path / "out", calib=ids, save=tmp_path / "moments"
+    )
+    known, _ = load_moments(tmp_path / "moments")
+    back, grid = open_source(str(tmp_path / "out")), Integer(bits=3, group=32, zero="asym")
+    experts = [name for name in source.tensors if ".experts." in name]
+    assert len(experts) >= 3 * 3 * 4
+    ratios = []
+    for name in experts:
+        gram, weight = known[name].gram, source.read(name).float()
+        placed, rounded = (w - weight for w in (back.read(name).float(), grid.round(weight).dense()))
+        ratios.append(float((placed @ gram * placed).sum() / (rounded @ gram * rounded).sum()))
+    assert max(ratios) < 0.9
+
+
+@every_family
+def test_an_expert_without_tokens_is_rounded_and_said(family: str, tmp_path: Path) -> None:
+    source = open_source(str(make_model(tmp_path / "model", family)))
+    recipe = "gptq : int4-g32-asym > bitmill"
+    report = mill.quantize(source, recipe, tmp_path / "out", calib=tokens(1, 1))
+    quiet = {note.where for note in report.notes if "no calibration token" in note.text}
+    assert quiet
+    back = open_source(str(tmp_path / "out"))
+    grid = next(row.grid for row in plan(parse(recipe), source).rows if row.solved)
+    for name in [n for joined in quiet for n in joined.split("+")]:
+        assert torch.equal(back.read(name).float(), grid.round(source.read(name).float()).dense()), name
 
 
 def test_an_importance_matrix_knows_every_expert(tmp_path: Path) -> None:

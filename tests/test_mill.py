@@ -261,6 +261,32 @@ def test_asymmetric_calibration_resumes_with_both_streams(options: str, model: P
     assert all(torch.equal(a.read(name), b.read(name)) for name in a.tensors)
 
 
+@pytest.mark.parametrize(
+    "at", ["block 0: journaled", "block 1: journaled", "block 2: synced", "block 3: journaled"]
+)
+def test_blocks_without_activations_are_done_again(
+    at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Activations of every second block only: a resumed run goes back to the last there are."""
+    monkeypatch.setattr(walk, "blocks_between", lambda *_: 2)
+    model, recipe = make_model(tmp_path / "model", num_hidden_layers=4), "gptq : int3-g32-asym > bitmill"
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    mill.quantize(str(model), recipe, whole, calib=tokens(6, 32))
+
+    def stop(event: str) -> None:
+        if event == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        mill.quantize(str(model), recipe, parts, calib=tokens(6, 32), boundary=stop)
+    left = {path.name for path in (tmp_path / "parts.partial").glob("live-*")}
+    assert left <= {"live-block-1.safetensors"}
+    report = mill.quantize(str(model), recipe, parts, calib=tokens(6, 32))
+    assert report.resumed == {"block 0": 1, "block 1": 3, "block 2": 3, "block 3": 5}[at.partition(":")[0]]
+    a, b = (open_source(str(folder)) for folder in (whole, parts))
+    assert all(torch.equal(a.read(name), b.read(name)) for name in a.tensors)
+
+
 def test_a_solver_that_is_not_sequential_sees_the_block_as_it_was(model: Path, tmp_path: Path) -> None:
     folders = {name: tmp_path / name for name in ("true", "false")}
     saved = {name: tmp_path / f"{name}.safetensors" for name in folders}

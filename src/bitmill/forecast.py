@@ -13,6 +13,8 @@ from bitmill.core.types import Row
 
 BASE_BYTES = 450 << 20  # an interpreter with torch, transformers and numba loaded
 STAGED_BYTES = 5 << 28  # 1.25 GiB of activations may be alive at once in a one-pass walk
+DISK = 400e6  # bytes a second that reach a disk for good
+KEEPING = 0.02  # share of a run's time that keeping activations for a resume may take
 RATE = 90e9  # float32 operations a second a core of a 2024 server
 ROUNDED = 4e6  # weights a second a core that a grid's own search rounds, most of them
 SOUGHT = 0.9e6  # the same where points of a codebook are sought
@@ -26,6 +28,15 @@ def staged_bytes(config: Mapping[str, Any], tokens: int) -> int:
         int(config.get("intermediate_size") or 4 * config["hidden_size"]),
     )
     return tokens * (6 * width + 3 * middle) * 4
+
+
+def blocks_between(hidden: int, seconds: float, blocks: int) -> int:
+    """After how many blocks ``hidden`` bytes of activations are made durable again.
+
+    Args:
+        seconds: modelled, of the walk over all ``blocks``.
+    """
+    return max(1, math.ceil(hidden / DISK / (KEEPING * seconds / blocks)))
 
 
 def cost(

@@ -26,7 +26,7 @@ from bitmill.core.errors import Interrupted, Refused
 from bitmill.core.types import FileImage
 
 Boundary = Callable[[str], None]
-RESUME = "run the same command again: it goes on from the last finished block"
+RESUME = "run the same command again: it takes over what is finished"
 
 
 class Workspace:
@@ -104,6 +104,16 @@ class Workspace:
         self._touched.clear()
         self._hash, self._written = hashlib.sha256(), []
 
+    def with_activations(self, done: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Of these units, which are all there are, those up to the last that left activations; without any,
+        the first, which needs none. The others are forgotten: they will be done again."""
+        last = max((at for at, unit in enumerate(done) if "live" in unit), default=0)
+        if last + 1 < len(done):
+            lines = self._journal_lines()[: last + 2]  # the identity comes first
+            with _disk_errors(self.folder):
+                _write_synced(self._journal_path, _lines(lines))
+        return list(done[: last + 1])
+
     def load_live(self, name: str) -> dict[str, Tensor]:
         """Activations a finished unit left, in fresh memory: a mapped file's alignment could change sums."""
         with safe_open(self.folder / name, framework="pt") as file:
@@ -163,6 +173,10 @@ class Workspace:
         """The output before it has its name."""
         return self.folder / ("output" if self._single else "files")
 
+    @property
+    def _journal_path(self) -> Path:
+        return self.folder / "journal.jsonl"
+
     def _path(self, image: str) -> Path:
         return self.payload / image if image else self.payload
 
@@ -206,7 +220,7 @@ class Workspace:
         return digest.hexdigest() == line["sha256"]
 
     def _journal_lines(self) -> list[dict[str, Any]]:
-        path = self.folder / "journal.jsonl"
+        path = self._journal_path
         if not path.exists():
             return []
         lines = []
@@ -218,12 +232,11 @@ class Workspace:
         return lines
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        path = self.folder / "journal.jsonl"
-        whole = b"".join(json.dumps(known).encode() + b"\n" for known in self._journal_lines())
+        path, whole = self._journal_path, _lines(self._journal_lines())
         if path.exists() and path.stat().st_size != len(whole):
             _write_synced(path, whole)  # drop a torn line before adding behind it
         with path.open("ab") as file:
-            file.write(json.dumps(line).encode() + b"\n")
+            file.write(_lines([line]))
             file.flush()
             os.fsync(file.fileno())
         _sync_folder(self.folder)
@@ -287,6 +300,10 @@ def _hash_range(digest: Any, handle: int, size: int, offset: int) -> None:
             return
         digest.update(part)
         size, offset = size - len(part), offset + len(part)
+
+
+def _lines(records: Sequence[Mapping[str, Any]]) -> bytes:
+    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
 
 
 def _write_synced(path: Path, data: bytes) -> None:

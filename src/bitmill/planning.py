@@ -25,7 +25,17 @@ from bitmill.checkpoint.gguf_arch import architecture_of_model
 from bitmill.checkpoint.gguf_config import unheard
 from bitmill.checkpoint.stored_types import requantized, unread
 from bitmill.core import registry
-from bitmill.core.axes import Allocation, Checkpoint, Choice, Container, Grid, Weight, total_bytes
+from bitmill.core.axes import (
+    Allocation,
+    CalibratedSolver,
+    Checkpoint,
+    Choice,
+    Container,
+    Grid,
+    Solver,
+    Weight,
+    total_bytes,
+)
 from bitmill.core.errors import Refused
 from bitmill.core.types import FileImage, Row, TensorFacts
 from bitmill.families.base import LINEAR_ROLES, Family, describe, is_expert, traits
@@ -238,7 +248,7 @@ def plan(
         remarks += unheard(checkpoint.config, architecture_of_model(checkpoint.config))
     _refuse_rows(recipe, rows, container, solver, strict)
     if needs != "nothing" and nsamples:
-        _refuse_experts(rows)
+        _refuse_experts(rows, family, solver)
     provenance = {"recipe": str(recipe), "source": checkpoint.digest, "version": version("bitmill")}
     files = container.files(rows, checkpoint, provenance)
     if out is not None and files[0].path and out.suffix == ".gguf":
@@ -434,14 +444,22 @@ def _refuse_rows(
         )
 
 
-def _refuse_experts(rows: Sequence[Row]) -> None:
-    """Experts run as one tensor in transformers: nothing can be seen of the input of each."""
+def _refuse_experts(rows: Sequence[Row], family: Family, solver: Solver) -> None:
+    """Experts that calibration cannot reach, or whose tokens would not be the same in two models."""
     expert = next((row for row in rows if row.solved and is_expert(row.name)), None)
-    if expert is not None:
+    if expert is None:
+        return
+    if not family.has_single_experts:
         raise Refused(
-            "calibration does not reach the single experts of a mixture of experts yet",
+            f"how transformers runs the experts of {family.model_types[0]!r} is not known here",
             where=expert.name,
             fix="use nearest, hqq or clip without --calib; or --imatrix with data for the experts",
+        )
+    if isinstance(solver, CalibratedSolver) and solver.cross:
+        raise Refused(
+            "an expert of the quantized model may see other tokens than the original's: nothing to compare",
+            where=expert.name,
+            fix="drop asymmetric=, or keep=gate+up+down",
         )
 
 

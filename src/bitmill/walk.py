@@ -24,22 +24,22 @@ from bitmill.account import Report
 from bitmill.calibrate.moments import MomentSum
 from bitmill.calibrate.stream import Block, Stream, Twin
 from bitmill.calibrate.tokens import Calibration
-from bitmill.core.axes import CalibratedSolver, Checkpoint, Container, Solver, inputs_of
+from bitmill.core.axes import CalibratedSolver, Checkpoint, Container
 from bitmill.core.errors import Refused, Unsolvable
-from bitmill.core.types import Inputs, Moments, Note, Params, Problem, Quantized, Row
+from bitmill.core.types import Inputs, Moments, Note, Row
 from bitmill.fitting import Fitting
 from bitmill.folding import fixed_fold
-from bitmill.forecast import STAGED_BYTES, staged_bytes
-from bitmill.inputs import fixed_by, needs_zero, same_inputs
+from bitmill.forecast import STAGED_BYTES, blocks_between, staged_bytes
+from bitmill.inputs import fixed_by, needs_zero
 from bitmill.journal import Workspace
 from bitmill.numerics.floats import all_finite
+from bitmill.placing import Placing
 from bitmill.planning import Plan
 
 Progress = Callable[[str, int, int, str], None]
 CHUNK = 1 << 24  # weights converted to float32 at a time outside the blocks: 64 MiB
 MICRO_TOKENS = 4096  # tokens of a forward pass: enough for full speed, few enough to stay in cache
 STEP_TOKENS = 2048  # tokens of a micro-batch where all go in step: temporaries of a few MB stay in cache
-STACK_PROBE = 48  # rows of a trial weight: no multiple of any tile, so that a tile's parameters show
 EXPLOSION = 10.0  # a block whose output error is ten times its own contribution has stopped being that block
 
 
@@ -59,6 +59,7 @@ class _Stage:
         if self.twin is not None:
             self.twin.advance()
         self.solve(self.group, self.total.moments())
+        self.total = MomentSum(1, False)  # of many experts, one Gram matrix at a time is alive
 
 
 @dataclass
@@ -74,13 +75,13 @@ class Walk:
     device: str
     keep_moments: bool
     notes: list[Note] = field(default_factory=list)
-    tensors: dict[str, dict[str, float]] = field(default_factory=dict)
     blocks: dict[str, float] = field(default_factory=dict)
     kept_moments: dict[str, Moments] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.solver: Solver = self.plan.recipe.make_solver()
-        told = self.solver if isinstance(self.solver, CalibratedSolver) else None
+        solver = self.plan.recipe.make_solver()
+        self.placing = Placing(self.plan, self.source, self.space, solver, self.notes)
+        told = solver if isinstance(solver, CalibratedSolver) else None
         self._sequential, self._cross = (True, False) if told is None else (told.sequential, told.cross)
         self._original: Tensor | None = None  # hidden states of the model as it was, for cross moments
         self.container: Container = self.plan.container
@@ -90,16 +91,16 @@ class Walk:
         fitted = tuple((name, t) for name, t in named if t.needs != "nothing")
         self.fitting = Fitting(self.plan.family, self.source.config, fitted)
         self.notes += self.calibration.notes
-        self._sample: dict[str, tuple[str, Tensor, Params]] = {}
-        self._stacks: dict[str, bool] = {}
 
     def run(self, identity: Mapping[str, Any], done: Sequence[Mapping[str, Any]], started: float) -> Report:
         """Every unit that is not done yet; the report of all of them."""
+        layers = sorted({row.layer for row in self.plan.rows if row.layer is not None})
+        if self._forward_needed and len(done) <= len(layers):
+            done = self.space.with_activations(done)
         for record in done:
             self._recall(record)
         if done:
             self.tell("resume", len(done), len(done), f"{len(done)} finished units taken over")
-        layers = sorted({row.layer for row in self.plan.rows if row.layer is not None})
         if not done:
             self._outside(layers)
         hidden = self._hidden_so_far(done)
@@ -111,14 +112,15 @@ class Walk:
                 hidden = stream.embed(self.calibration.tokens)
                 self._original = hidden.clone() if self._cross else None
             hidden = self._block(index, stream, hidden)
-            self._journal(f"block {index}", before, hidden if index + 1 < len(layers) else None)
+            kept = index + 1 < len(layers) and self._worth_keeping(index, len(layers), hidden)
+            self._journal(f"block {index}", before, hidden if kept else None)
             self.tell("block", index + 1, len(layers), self._block_line(index))
         return Report(
             path=str(self.space.out),
             plan=self.plan.to_json(),
             calibration=self.calibration.facts,
             notes=tuple(self.notes),
-            tensors=self.tensors,
+            tensors=self.placing.tensors,
             blocks=self.blocks,
             seconds=time.monotonic() - started,
             resumed=len(done),
@@ -126,21 +128,8 @@ class Walk:
         )
 
     def verify_sample(self) -> None:
-        """Open what was written as any reader would; compare a few rows of each role with what was solved.
-
-        Raises:
-            Unsolvable: the bytes do not decode to the solution; the output never appears.
-        """
-        written = self.container.open(self.space.payload)
-        fixed = {name: inputs for name, _, inputs in self._sample.values()}
-        told = same_inputs(inputs_of(written), self.plan.rows, fixed)
-        for name, rows, _ in self._sample.values():
-            if not told or not torch.equal(written.read(name)[: rows.shape[0]].float(), rows):
-                raise Unsolvable(
-                    "what was written does not read back as what was solved",
-                    where=f"{name} in {self.plan.recipe.container}",
-                    fix="a defect of this container's layout: report it with the recipe",
-                )
+        """See :meth:`Placing.verify_sample`."""
+        self.placing.verify_sample()
 
     @property
     def _forward_needed(self) -> bool:
@@ -219,9 +208,9 @@ class Walk:
     def _solve_alone(self, row: Row) -> None:
         weight = self._read(row.name)
         if not row.solved:
-            self._write(row, row.grid.round(weight.float()))
+            self.placing.write(row, row.grid.round(weight.float()))
             return
-        self._solve([row], {row.name: weight.float()}, None)
+        self.placing.solve([row], {row.name: weight.float()}, None)
 
     def _solve_known(self, index: int, rows: Sequence[Row], tensors: dict[str, Tensor]) -> None:
         solved = [row for row in rows if row.solved]
@@ -232,8 +221,8 @@ class Walk:
         for row in solved:
             groups.setdefault(id(moments.get(row.name, row)), []).append(row)  # without data: by itself
         for group in groups.values():
-            self._solve(group, tensors, moments.get(group[0].name))
-        self._write_kept(rows, tensors)
+            self.placing.solve(group, tensors, moments.get(group[0].name))
+        self.placing.write_kept(rows, tensors)
 
     def _two_passes(
         self, block: Block, rows: Sequence[Row], tensors: dict[str, Tensor], hidden: Tensor
@@ -248,7 +237,7 @@ class Walk:
         for row in rows:
             if not row.solved:
                 block.assign(row.name.removeprefix(block.prefix), tensors[row.name])
-        self._write_kept(rows, tensors)
+        self.placing.write_kept(rows, tensors)
         for a in range(0, hidden.shape[0], batch):
             after = block.forward(hidden[a : a + batch])
             if a == 0:
@@ -287,7 +276,7 @@ class Walk:
         finally:
             if twin is not None:
                 twin.close()
-        self._write_kept(rows, tensors)
+        self.placing.write_kept(rows, tensors)
         self._canary(block.index, first, before, hidden[:1])
         return hidden
 
@@ -295,7 +284,7 @@ class Walk:
         self, block: Block, group: Sequence[Row], tensors: dict[str, Tensor], moments: Moments
     ) -> None:
         """Solve a group, and have the block compute as the quantized model will from here on."""
-        values = self._solve(group, tensors, moments)
+        values = self.placing.solve(group, tensors, moments)
         for row in group:
             path = row.name.removeprefix(block.prefix)
             block.assign(path, values[row.name])
@@ -323,7 +312,9 @@ class Walk:
 
     def _sum(self, group: Sequence[Row], hidden: Tensor, cross: bool) -> MomentSum:
         gram, signed = self.plan.needs == "gram", needs_zero(group)
-        return MomentSum(group[0].shape[1], gram, hidden.device, signed, cross)
+        fixed = any(row.inputs is not None and row.inputs.fixed for row in group)
+        extremes = not gram or fixed or self.keep_moments or bool(self.fitting.transforms)
+        return MomentSum(group[0].shape[1], gram, hidden.device, signed, cross, extremes)
 
     def _kept(self, group: Sequence[Row], moments: Moments) -> Moments:
         if self.keep_moments:
@@ -379,67 +370,6 @@ class Walk:
         self.notes += notes
         return folded
 
-    def _solve(
-        self, rows: Sequence[Row], tensors: Mapping[str, Tensor], moments: Moments | None
-    ) -> dict[str, Tensor]:
-        """Place the rows of one group, write them, and hand back their dense values.
-
-        Rows on the same row-wise grid are stacked: one factorization and one pass serve q, k and v, and a
-        value the whole stack shares (NVFP4's gain) is the one that runtimes with fused projections demand.
-        """
-        stacks: dict[str, list[Row]] = {}
-        for row in rows:
-            stacks.setdefault(str(row.grid) if self._stackable(row) else row.name, []).append(row)
-        problems = [
-            Problem("+".join(r.name for r in s), s[0].role, _stacked(s, tensors), moments, s[0].inputs)
-            for s in stacks.values()
-        ]
-        solutions = self.solver.solve(problems, [stack[0].grid for stack in stacks.values()])
-        values: dict[str, Tensor] = {}
-        for stack, solution in zip(stacks.values(), solutions, strict=True):
-            self.notes += solution.notes
-            parts = solution.quantized.parts([row.shape[0] for row in stack])
-            for row, part in zip(stack, parts, strict=True):
-                quantized = replace(part, inputs=fixed_by(row, moments, self.plan.dtype))
-                dense = quantized.dense()
-                self._record_error(row, tensors[row.name], dense, moments)
-                self._write(row, quantized)
-                self._sample.setdefault(row.role, (row.name, dense[:4].clone(), quantized.inputs))
-                values[row.name] = dense
-        return values
-
-    def _stackable(self, row: Row) -> bool:
-        """Whether weights may be solved as one: each parameter is a row's own, or a single value."""
-        key = str(row.grid)
-        if key not in self._stacks:
-            shape = (STACK_PROBE, row.shape[1])
-            params = row.grid.fit(torch.ones(shape)) if row.grid.refuses(shape) is None else {}
-            self._stacks[key] = all(p.dim() == 0 or p.shape[0] == STACK_PROBE for p in params.values())
-        return self._stacks[key]
-
-    def _record_error(self, row: Row, weight: Tensor, dense: Tensor, moments: Moments | None) -> None:
-        error = dense - weight
-        if not all_finite(error):
-            raise Unsolvable(
-                "the quantized weight has non-finite values",
-                where=row.name,
-                fix="raise the damping, or use nearest",
-            )
-        record = {"relative": float(error.norm() / weight.norm().clamp_min(1e-30))}
-        if moments is not None:
-            root = moments.importance.sqrt()
-            record["weighted"] = float((error * root).norm() / (weight * root).norm().clamp_min(1e-30))
-        self.tensors[row.name] = record
-
-    def _write_kept(self, rows: Sequence[Row], tensors: Mapping[str, Tensor]) -> None:
-        for row in rows:
-            if not row.solved:
-                self._write(row, row.grid.round(tensors[row.name].float()))
-
-    def _write(self, row: Row, quantized: Quantized) -> None:
-        for slot, data in self.container.pack(row, quantized, self.source).items():
-            self.space.write(slot, data)
-
     def _canary(self, index: int, hidden: Tensor, before: Tensor, after: Tensor) -> None:
         """Stop a run whose block no longer resembles itself, before hours go into the next ones."""
         moved = (before - hidden).norm().clamp_min(1e-30)
@@ -447,7 +377,7 @@ class Walk:
         self.blocks[f"block {index}"] = error
         if not torch.isfinite(after).all() or error > EXPLOSION:
             worst = max(
-                ((n, e["relative"]) for n, e in self.tensors.items() if f".layers.{index}." in n),
+                ((n, e["relative"]) for n, e in self.placing.tensors.items() if f".layers.{index}." in n),
                 key=lambda p: p[1],
             )
             raise Unsolvable(
@@ -460,7 +390,7 @@ class Walk:
         layer = f".layers.{unit.removeprefix('block ')}."
         record = {
             "notes": [vars(note) for note in self.notes[before:]],
-            "tensors": {n: e for n, e in self.tensors.items() if layer in n},
+            "tensors": {n: e for n, e in self.placing.tensors.items() if layer in n},
             "block_error": self.blocks.get(unit),
         }
         live = None if hidden is None else {"hidden": hidden.cpu()}
@@ -468,9 +398,16 @@ class Walk:
             live["original"] = self._original.cpu()
         self.space.finish_unit(unit, record, live)
 
+    def _worth_keeping(self, index: int, blocks: int, hidden: Tensor | None) -> bool:
+        """Whether a resumed run should find this block's output, rather than compute it again."""
+        if hidden is None:
+            return False
+        size = hidden.numel() * hidden.element_size() * (1 + self._cross)
+        return (index + 1) % blocks_between(size, self.plan.seconds, blocks) == 0
+
     def _recall(self, record: Mapping[str, Any]) -> None:
         self.notes += [Note(**note) for note in record["notes"]]
-        self.tensors.update(record["tensors"])
+        self.placing.tensors.update(record["tensors"])
         if record["block_error"] is not None:
             self.blocks[record["unit"]] = record["block_error"]
 
@@ -482,7 +419,7 @@ class Walk:
         return None
 
     def _block_line(self, index: int) -> str:
-        errors = [e["relative"] for n, e in self.tensors.items() if f".layers.{index}." in n]
+        errors = [e["relative"] for n, e in self.placing.tensors.items() if f".layers.{index}." in n]
         if not errors:
             return f"block {index}"
         text = f"block {index}: weights off by {100 * sum(errors) / len(errors):.2f} %"
@@ -492,9 +429,3 @@ class Walk:
 
 def _path(block: Block, group: Sequence[Row]) -> str:
     return group[0].name.removeprefix(block.prefix).removesuffix(".weight")
-
-
-def _stacked(stack: Sequence[Row], tensors: Mapping[str, Tensor]) -> Tensor:
-    if len(stack) == 1:
-        return tensors[stack[0].name]
-    return torch.cat([tensors[row.name] for row in stack])

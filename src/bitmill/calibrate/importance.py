@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bitmill.calibrate.moments import MomentSum
@@ -43,16 +44,17 @@ def take_imatrix(
     tokens = calibration.tokens
     hidden = stream.embed(tokens)
     batch = max(1, _TOKENS // tokens.shape[1])
-    entries: dict[str, Entry] = {}
+    known: dict[str, dict[int, Moments]] = {}
     for block in stream.blocks():
         progress("activations", block.index, stream.layers, f"block {block.index}")
         for path, moments in _summed(block, hidden, batch).items():
-            name = arch.gguf_name(f"{block.prefix}{path}.weight")
+            weight = f"{block.prefix}{path}.weight"
+            name = arch.gguf_name(weight)
             if name is not None:
-                counts = moments.square.new_full((1,), moments.tokens).long()
-                entries[name] = Entry(moments.square[None].cpu(), counts.cpu())
+                known.setdefault(name, {})[arch.expert(weight) or 0] = moments
     progress("activations", stream.layers, stream.layers, f"{tokens.numel()} tokens")
-    return Imatrix(dict(sorted(entries.items())), _names(calibration), tokens.shape[0], tokens.shape[1])
+    entries = {name: _entry(experts) for name, experts in sorted(known.items())}
+    return Imatrix(entries, _names(calibration), tokens.shape[0], tokens.shape[1])
 
 
 def moments_from(
@@ -116,6 +118,13 @@ def _summed(block: Block, hidden: Tensor, batch: int) -> dict[str, Moments]:
         hidden[a : a + batch] = block.watched(hidden[a : a + batch], hooks)
     taken = {path: total.moments() for path, total in sums.items()}
     return {path: taken[group[0]] for group in groups for path in group}
+
+
+def _entry(experts: Mapping[int, Moments]) -> Entry:
+    """One weight's sums, or those of every expert of a stack in order."""
+    ordered = [experts[number] for number in sorted(experts)]
+    counts = torch.tensor([moments.tokens for moments in ordered])
+    return Entry(torch.stack([moments.square for moments in ordered]).cpu(), counts)
 
 
 def _names(calibration: Calibration) -> tuple[str, ...]:

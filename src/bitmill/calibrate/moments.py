@@ -32,6 +32,8 @@ class MomentSum:
         gram: whether to keep ``x xᵀ`` (``width² × 4`` bytes) or its diagonal only.
         signed: whether to keep the smallest and largest ``x``, not the largest magnitude only.
         cross: whether to keep ``(x̃ - x) xᵀ`` too, with the original model's ``x̃``.
+        extremes: whether to keep ``|x|``, its sum and its largest: what transforms and fixed ranges need. A
+            Gram matrix alone is then one product less, and one reading.
     """
 
     width: int
@@ -39,10 +41,12 @@ class MomentSum:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     signed: bool = False
     cross: bool = False
+    extremes: bool = True
 
     def __post_init__(self) -> None:
         self.tokens = 0
-        self._square, self._magnitude, self._absmax = (self._zeros(self.width) for _ in range(3))
+        self._square = self._zeros(self.width)
+        self._magnitude = self._absmax = None if not self.extremes else self._zeros(self.width)
         self._gram = self._zeros(self.width, self.width) if self.gram else None
         self._low = self._high = None if not self.signed else self._zeros(self.width)
         self._cross = self._zeros(self.width, self.width) if self.cross else None
@@ -60,25 +64,26 @@ class MomentSum:
             Unsolvable: an activation is NaN or infinite; ``where`` is named.
         """
         x = x.reshape(-1, self.width).float()
-        magnitude = x.abs()
-        peak = magnitude.amax(0)
-        if not torch.isfinite(peak).all():
-            bad = int((~torch.isfinite(x)).sum())
-            raise Unsolvable(
-                f"{bad} of {x.numel()} activations are NaN or infinite",
-                where=f"input of {where}",
-                fix="check that the source model itself produces finite logits; calibrate with --device cpu",
-            )
         self.tokens += x.shape[0]
-        self._absmax = torch.maximum(self._absmax, peak)
+        if self._magnitude is not None and self._absmax is not None:
+            magnitude = x.abs()
+            self._absmax = torch.maximum(self._absmax, magnitude.amax(0))
+            self._magnitude += (magnitude.new_ones(1, len(x)) @ magnitude)[0]  # half the time of a row sum
         if self._low is not None and self._high is not None:
             self._low = torch.minimum(self._low, x.amin(0))
             self._high = torch.maximum(self._high, x.amax(0))
-        self._magnitude += (magnitude.new_ones(1, len(x)) @ magnitude)[0]  # half the time of a sum over rows
         if self._gram is None:
             self._square += x.square().sum(0)
         else:
             _add_upper(self._gram, x, 0, self.width)
+        known = self._square if self._gram is None else self._gram.diagonal()
+        if not torch.isfinite(known).all():
+            bad = int((~torch.isfinite(x)).sum())
+            raise Unsolvable(
+                f"{bad} of {x.numel()} activations are NaN or infinite" if bad else "activations overflow",
+                where=f"input of {where}",
+                fix="check that the source model itself produces finite logits; calibrate with --device cpu",
+            )
         if self._cross is not None and original is not None:
             self._cross.addmm_((original.reshape(-1, self.width).float() - x).T, x)
 

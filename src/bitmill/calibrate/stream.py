@@ -19,11 +19,12 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from bitmill.calibrate.experts import Experts, opened
 from bitmill.core.axes import Checkpoint, inputs_of
 from bitmill.core.errors import BadFile, Refused
 from bitmill.core.types import Inputs
-from bitmill.families.base import describe, traits
-from bitmill.numerics.expert_inputs import check_all_inputs, round_experts
+from bitmill.families.base import describe
+from bitmill.numerics.expert_inputs import check_all_inputs
 from bitmill.numerics.inputs import input_hook, rounded
 
 Read = Callable[[str], Tensor]
@@ -37,10 +38,12 @@ class _Recorded(Exception):
 class Block:
     """One decoder layer with its weights in memory.
 
+    Paths are canonical: those of the checkpoint's tensors, whatever transformers calls its modules.
+
     Attributes:
         index: position in the model.
         prefix: canonical name prefix of its tensors, with the dot.
-        module: transformers' own layer.
+        module: transformers' own layer, its experts opened.
         inputs: how the inputs of linears are rounded before they are multiplied, by path inside the block.
             What watches a linear sees its input before that.
     """
@@ -68,15 +71,18 @@ class Block:
 
     def linears(self) -> dict[str, nn.Linear]:
         """Every linear layer by its path inside the block."""
-        return {name: m for name, m in self.module.named_modules() if isinstance(m, nn.Linear)}
-
-    def weight(self, path: str) -> Tensor:
-        """The weight of the linear at ``path``, ``out in``, float32; the storage the forward uses."""
-        return self.module.get_submodule(path).get_parameter("weight").data
+        canonical = self._stream.family.canonical
+        return {canonical(p): m for p, m in self.module.named_modules() if isinstance(m, nn.Linear)}
 
     def assign(self, name: str, value: Tensor) -> None:
         """Replace a parameter by its path inside the block (``mlp.up_proj.weight``)."""
-        _assign(self.module, name, value, self._stream.device, self._stream.dtype)
+        path, _, leaf = name.rpartition(".")
+        inside = f"{self._stream.family.inside(path)}.{leaf}"
+        _assign(self.module, inside, value, self._stream.device, self._stream.dtype)
+
+    def _hooks(self, hooks: Mapping[str, Callable[..., Any]]) -> _hooks:
+        inside = self._stream.family.inside
+        return _hooks({inside(path): hook for path, hook in hooks.items()}, self.module)
 
     def shared_inputs(self, hidden: Tensor) -> list[tuple[str, ...]]:
         """Paths of the linears grouped by the input they share, in the order they run."""
@@ -94,8 +100,15 @@ class Block:
 
             return hook
 
-        with _hooks({path: note(path) for path in self.linears()}, self.module):
-            self.forward(hidden[:1])
+        experts = [module for module in self.module.modules() if isinstance(module, Experts)]
+        for module in experts:
+            module.everywhere = True
+        try:
+            with self._hooks({path: note(path) for path in self.linears()}):
+                self.forward(hidden[:1])
+        finally:
+            for module in experts:
+                module.everywhere = False
         return [tuple(paths) for _, paths in seen]
 
     def watched(self, hidden: Tensor, hooks: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Tensor:
@@ -108,7 +121,7 @@ class Block:
 
             return hook
 
-        with _hooks({path: wrap(see) for path, see in hooks.items()}, self.module):
+        with self._hooks({path: wrap(see) for path, see in hooks.items()}):
             return self.forward(hidden)
 
     def in_step(self, hidden: Tensor, gates: Mapping[str, Gate], batch: int) -> None:
@@ -124,8 +137,13 @@ class Block:
             batch: sequences of a micro-batch.
         """
         with closing(self.steps(hidden, {path: gate.see for path, gate in gates.items()}, batch)) as steps:
+            passed = set()
             for path in steps:
                 gates[path].close()
+                passed.add(path)
+        for path, gate in gates.items():
+            if path not in passed:  # a router may send no token at all to an expert
+                gate.close()
 
     def steps(
         self, hidden: Tensor, see: Mapping[str, Callable[[Tensor], None]], batch: int
@@ -147,7 +165,7 @@ class Block:
 
         order = {path: place for place, path in enumerate(see)}
         waiting: dict[greenlet, str] = {}
-        with torch.no_grad(), _hooks({path: stop(path) for path in see}, self.module):
+        with torch.no_grad(), self._hooks({path: stop(path) for path in see}):
             try:
                 for first in range(0, hidden.shape[0], batch):
                     one = greenlet(run)
@@ -233,13 +251,13 @@ class Stream:
     ) -> None:
         self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
         self._read = read or checkpoint.read
-        self._family = describe(checkpoint.config)
+        self.family = describe(checkpoint.config)
         self._model = _empty_model(checkpoint.config, self.device)
         self.layers_path, self._layers = _find_layers(self._model)
         self._calls: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._norm_path = _final_norm_path(self._model, self.layers_path)
         self._inputs = inputs_of(checkpoint) if inputs is None else inputs
-        joined, where = self._family.joined, str(checkpoint.path)
+        joined, where = self.family.joined, str(checkpoint.path)
         check_all_inputs(self._model, self.layers_path, self._inputs, joined, where)
 
     @property
@@ -275,9 +293,10 @@ class Stream:
         """Block ``index`` with its weights filled in from ``read``."""
         module = copy.deepcopy(self._layers[index])
         prefix = f"{self.layers_path}.{index}."
+        names = self.checkpoint.tensors
+        opened(module, self.family, {n.removeprefix(prefix) for n in names if n.startswith(prefix)})
         for name, _ in list(module.named_parameters()):
             _assign(module, name, self._parameter(prefix, name, read), self.device, self.dtype)
-        round_experts(module, prefix, self._inputs, self._family.joined)
         block = Block(self, index, module)
         for path in block.linears():
             if f"{prefix}{path}.weight" in self._inputs:
@@ -362,15 +381,12 @@ class Stream:
 
     def _parameter(self, prefix: str, name: str, read: Read | None) -> Tensor:
         """A parameter of a layer, put together where the checkpoint has it in parts."""
-        parts = self._family.joined.get(name, ())
-        if not parts or prefix + name in self.checkpoint.tensors:
-            return self._tensor(prefix + name, read)
-        experts = range(traits(self.checkpoint.config)["experts"] if "{}" in parts[0] else 1)
-        joined = [
-            torch.cat([self._tensor(f"{prefix}{part.format(e)}.weight", read) for part in parts])
-            for e in experts
-        ]
-        return torch.stack(joined) if "{}" in parts[0] else joined[0]
+        path, _, leaf = name.rpartition(".")
+        named = f"{prefix}{self.family.canonical(path)}.{leaf}"
+        parts = self.family.joined.get(name, ())
+        if not parts or named in self.checkpoint.tensors:
+            return self._tensor(named, read)
+        return torch.cat([self._tensor(f"{prefix}{part}.weight", read) for part in parts])
 
     def _tensor(self, name: str, read: Read | None = None) -> Tensor:
         if name not in self.checkpoint.tensors:

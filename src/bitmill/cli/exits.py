@@ -15,7 +15,7 @@ UNMEASURED = 4
 """Nothing was measured: no text, or no position with finite logits. Not a pass."""
 
 STOPPED = 130
-"""Stopped by Ctrl-C; the same command goes on from the last finished block."""
+"""Stopped by Ctrl-C; the same command takes over what is finished."""
 
 LEGEND = (
     "Exit codes: 0 good, 2 refused or failed, 3 a threshold is missed, 4 nothing was measured, "

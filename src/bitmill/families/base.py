@@ -87,6 +87,35 @@ class Family:
         path = next(path for path, r in self.names.items() if r == role)
         return f"model.layers.{layer}.{path}"
 
+    def inside(self, path: str) -> str:
+        """Where transformers' layer has the module whose canonical path is ``path``."""
+        for ours, theirs in self._renamed():
+            if path.startswith(ours):
+                return theirs + path.removeprefix(ours)
+        return path
+
+    def canonical(self, path: str) -> str:
+        """The canonical path of a module of transformers' layer: the inverse of :meth:`inside`."""
+        for ours, theirs in self._renamed():
+            if path.startswith(theirs):
+                return ours + path.removeprefix(theirs)
+        return path
+
+    @property
+    def has_single_experts(self) -> bool:
+        """Whether its checkpoints have experts one by one, in a way that calibration knows."""
+        return any("{}" in parts[0] for parts in self.joined.values())
+
+    def _renamed(self) -> list[tuple[str, str]]:
+        """Beginnings of canonical paths, and what transformers has in their place."""
+        pairs = []
+        for path, parts in self.joined.items():
+            if "{}" in parts[0]:
+                pairs.append((parts[0].partition("{}")[0], f"{path.rpartition('.')[0]}."))
+            elif len(parts) == 1:
+                pairs.append((parts[0], path.removesuffix(".weight")))
+        return pairs
+
     def seam(self, name: str) -> Seam | None:
         """The seam called ``name``, or None when this family has none such."""
         return next((s for s in self.seams if s.name == name), None)

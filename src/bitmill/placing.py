@@ -1,0 +1,135 @@
+"""Where solved weights go: rows of one input solved together, errors noted, bytes in the output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from bitmill.core.axes import Checkpoint, Grid, Solver, inputs_of
+from bitmill.core.errors import Unsolvable
+from bitmill.core.types import Moments, Note, Params, Problem, Quantized, Row, Solution
+from bitmill.inputs import fixed_by, same_inputs
+from bitmill.journal import Workspace
+from bitmill.numerics.floats import all_finite
+from bitmill.planning import Plan
+
+STACK_PROBE = 48  # rows of a trial weight: no multiple of any tile, so that a tile's parameters show
+
+
+@dataclass
+class Placing:
+    """Solves weights and writes them, and knows what came of each.
+
+    Attributes:
+        notes: where the solver's go, in the order they come.
+        tensors: errors of every solved weight, by name: ``relative``, and ``weighted`` where moments are.
+    """
+
+    plan: Plan
+    source: Checkpoint
+    space: Workspace
+    solver: Solver
+    notes: list[Note]
+    tensors: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._sample: dict[str, tuple[str, Tensor, Params]] = {}
+        self._stacks: dict[str, bool] = {}
+
+    def solve(
+        self, rows: Sequence[Row], tensors: Mapping[str, Tensor], moments: Moments | None
+    ) -> dict[str, Tensor]:
+        """Place the rows of one group, write them, and hand back their dense values.
+
+        Rows on the same row-wise grid are stacked: one factorization and one pass serve q, k and v, and a
+        value the whole stack shares (NVFP4's gain) is the one that runtimes with fused projections demand.
+        """
+        stacks: dict[str, list[Row]] = {}
+        for row in rows:
+            stacks.setdefault(str(row.grid) if self._stackable(row) else row.name, []).append(row)
+        problems = [
+            Problem("+".join(r.name for r in s), s[0].role, _stacked(s, tensors), moments, s[0].inputs)
+            for s in stacks.values()
+        ]
+        grids = [stack[0].grid for stack in stacks.values()]
+        if moments is not None and not moments.tokens:
+            solutions = [_unseen(problem, grid) for problem, grid in zip(problems, grids, strict=True)]
+        else:
+            solutions = self.solver.solve(problems, grids)
+        values: dict[str, Tensor] = {}
+        for stack, solution in zip(stacks.values(), solutions, strict=True):
+            self.notes += solution.notes
+            parts = solution.quantized.parts([row.shape[0] for row in stack])
+            for row, part in zip(stack, parts, strict=True):
+                quantized = replace(part, inputs=fixed_by(row, moments, self.plan.dtype))
+                dense = quantized.dense()
+                self._record_error(row, tensors[row.name], dense, moments)
+                self.write(row, quantized)
+                self._sample.setdefault(row.role, (row.name, dense[:4].clone(), quantized.inputs))
+                values[row.name] = dense
+        return values
+
+    def write_kept(self, rows: Sequence[Row], tensors: Mapping[str, Tensor]) -> None:
+        """Rows that keep their type: rounded to it, and written."""
+        for row in rows:
+            if not row.solved:
+                self.write(row, row.grid.round(tensors[row.name].float()))
+
+    def write(self, row: Row, quantized: Quantized) -> None:
+        """Lay out a weight, and write it to its slots."""
+        for slot, data in self.plan.container.pack(row, quantized, self.source).items():
+            self.space.write(slot, data)
+
+    def verify_sample(self) -> None:
+        """Open what was written as any reader would; compare a few rows of each role with what was solved.
+
+        Raises:
+            Unsolvable: the bytes do not decode to the solution; the output never appears.
+        """
+        written = self.plan.container.open(self.space.payload)
+        fixed = {name: inputs for name, _, inputs in self._sample.values()}
+        told = same_inputs(inputs_of(written), self.plan.rows, fixed)
+        for name, rows, _ in self._sample.values():
+            if not told or not torch.equal(written.read(name)[: rows.shape[0]].float(), rows):
+                raise Unsolvable(
+                    "what was written does not read back as what was solved",
+                    where=f"{name} in {self.plan.recipe.container}",
+                    fix="a defect of this container's layout: report it with the recipe",
+                )
+
+    def _stackable(self, row: Row) -> bool:
+        """Whether weights may be solved as one: each parameter is a row's own, or a single value."""
+        key = str(row.grid)
+        if key not in self._stacks:
+            shape = (STACK_PROBE, row.shape[1])
+            params = row.grid.fit(torch.ones(shape)) if row.grid.refuses(shape) is None else {}
+            self._stacks[key] = all(p.dim() == 0 or p.shape[0] == STACK_PROBE for p in params.values())
+        return self._stacks[key]
+
+    def _record_error(self, row: Row, weight: Tensor, dense: Tensor, moments: Moments | None) -> None:
+        error = dense - weight
+        if not all_finite(error):
+            raise Unsolvable(
+                "the quantized weight has non-finite values",
+                where=row.name,
+                fix="raise the damping, or use nearest",
+            )
+        record = {"relative": float(error.norm() / weight.norm().clamp_min(1e-30))}
+        if moments is not None:
+            root = moments.importance.sqrt()
+            record["weighted"] = float((error * root).norm() / (weight * root).norm().clamp_min(1e-30))
+        self.tensors[row.name] = record
+
+
+def _unseen(problem: Problem, grid: Grid) -> Solution:
+    text = "no calibration token was sent to this expert: rounded to nearest, every channel alike"
+    return Solution(grid.round(problem.weight), (Note("no-importance", problem.name, text),))
+
+
+def _stacked(stack: Sequence[Row], tensors: Mapping[str, Tensor]) -> Tensor:
+    if len(stack) == 1:
+        return tensors[stack[0].name]
+    return torch.cat([tensors[row.name] for row in stack])
