@@ -24,8 +24,8 @@ def main() -> None:
     both = bench(options)
     ratios = []
     for bits in options.bits:
-        extra = ("--bits", str(bits), "--batch", str(options.batch))
-        theirs = both.peer("llmc", "peer_gptq.py", f"llm-compressor gptq int{bits}-g64-asym", *extra)
+        extra = ("gptq", "--bits", str(bits), "--batch", str(options.batch))
+        theirs = both.peer("llmc", "peer_llmc.py", f"llm-compressor gptq int{bits}-g64-asym", *extra)
         recipe = options.recipe.format(bits=bits)
         ours = both.bitmill(recipe, f"bitmill gptq int{bits}-g64-asym")
         loss = [

@@ -25,6 +25,9 @@ from fixture import off_grid
 from ruler import Ruler, Score, as_json, calibration_windows, digest, line, write_json
 from safetensors.torch import load_file, save_file
 
+import bitmill
+from bitmill.run.load import load_model
+
 HERE = Path(__file__).resolve().parent
 EVIDENCE = HERE.parent / "docs" / "evidence"
 
@@ -69,8 +72,13 @@ class Bench:
             save_file({"input_ids": calibration_windows(self.model)}, path)
         return path
 
-    def peer(self, environment: str, script: str, name: str, *options: str) -> dict[str, Any]:
+    def peer(
+        self, environment: str, script: str, name: str, *options: str, eight_bit_inputs: bool = False
+    ) -> dict[str, Any]:
         """Run a peer's script in its environment; add its scored row.
+
+        Args:
+            eight_bit_inputs: as its runtime does, see :meth:`ruler.Ruler.score_linears`.
 
         Raises:
             FileNotFoundError: the environment is not there.
@@ -83,12 +91,19 @@ class Bench:
         out = self.work / "results" / name
         command = [str(python), str(HERE / script), str(self.model), str(self.tokens), str(out), *options]
         facts = self.run(command, out)
-        scores = self.ruler.score_linears(load_file(out / "linears.safetensors"))
+        scores = self.ruler.score_linears(load_file(out / "linears.safetensors"), eight_bit_inputs)
         return self.add(name, facts, scores)
 
-    def bitmill(self, recipe: str, name: str, *options: str) -> dict[str, Any]:
-        """Run Bitmill on the same work; add its scored row."""
+    def bitmill(self, recipe: str, name: str, *options: str, loaded: bool = False) -> dict[str, Any]:
+        """Run Bitmill on the same work; add its scored row.
+
+        Args:
+            loaded: score the model as Bitmill loads it, inputs rounded where the file says so.
+        """
         out, facts = self.run_bitmill(self.model, recipe, name, *options)
+        if loaded:
+            model = load_model(bitmill.open_source(str(out / facts["file"])))
+            return self.add(name, facts, self.ruler.score(model))
         return self.add(name, facts, self.ruler.score_file(out / facts["file"]))
 
     def run_bitmill(self, model: Path, recipe: str, name: str, *options: str) -> tuple[Path, dict[str, Any]]:

@@ -146,18 +146,27 @@ class Ruler:
         """``model`` against the original on every kind of text."""
         return {kind: self._score_kind(model, kind) for kind in self.tokens}
 
-    def score_linears(self, weights: Mapping[str, Tensor]) -> dict[str, Score]:
-        """The original with all its block linears replaced by dense ``weights``.
+    def score_linears(
+        self, weights: Mapping[str, Tensor], eight_bit_inputs: bool = False
+    ) -> dict[str, Score]:
+        """The original with dense ``weights`` in place of all its block linears, and of what else they name.
+
+        Args:
+            eight_bit_inputs: round the inputs of the blocks' linears to 8 bits, every token by itself.
 
         Raises:
-            ValueError: a linear is missing.
+            ValueError: a linear is missing, or a name is none of the model's.
         """
         missing = [name for name in self.linear_names if name not in weights]
         if missing:
             raise ValueError(f"{len(missing)} linears are not replaced, {missing[0]} first")
         model = copy.deepcopy(self.model)
-        state = {name: weights[name].float() for name in self.linear_names}
-        model.load_state_dict(state, strict=False)
+        state = {name: weight.float() for name, weight in weights.items()}
+        unknown = model.load_state_dict(state, strict=False).unexpected_keys
+        if unknown:
+            raise ValueError(f"{unknown[0]} is not in the model")
+        for name in self.linear_names if eight_bit_inputs else ():
+            model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(_eight_bits)
         return self.score(model)
 
     def score_file(self, path: str | Path) -> dict[str, Score]:
@@ -202,6 +211,11 @@ class Ruler:
             same_top=torch.cat(same).float().mean().item(),
             tokens=kld.numel(),
         )
+
+
+def _eight_bits(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    scale = (args[0].abs().amax(-1, keepdim=True) / 127.5).clamp_min(torch.finfo(torch.float32).tiny)
+    return ((args[0] / scale).round().clamp(-128, 127) * scale, *args[1:])
 
 
 def opened(path: str | Path) -> PreTrainedModel:

@@ -13,13 +13,11 @@ import json
 import time
 from pathlib import Path
 
-STARTED = time.monotonic()
+import torch
+from peer import STARTED, peak_rss_mib
+from safetensors.torch import load_file
 
-import torch  # noqa: E402  (the clock starts before the imports, as a user's does)
-from peak import peak_rss_mib  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-
-import bitmill  # noqa: E402
+import bitmill
 
 
 def block_linear_bpw(plan: bitmill.Plan) -> float:

@@ -1,0 +1,50 @@
+"""AWQ and SmoothQuant against llm-compressor's: the same tokens, grids and threads.
+
+python benchmarks/bench_transforms.py [--only awq ...] [--work FOLDER] [--reuse]
+"""
+
+from __future__ import annotations
+
+from compare import arguments, bench
+
+SIDES = {
+    "awq int4-g64-asym": (("awq",), "awq + {solver} : int4-g64-asym > bitmill", False),
+    "awq int3-g64-asym": (("awq", "--bits", "3"), "awq + {solver} : int3-g64-asym > bitmill", False),
+    "smoothquant W8A8": (
+        ("smoothquant",),
+        "smoothquant + {solver} : int8-channel-sym, input=int8-token > bitmill",
+        True,
+    ),
+}
+NOTES = """The same 64 windows of 512 tokens of Python's manual, one after the other. The peer's `awq` is its
+transform before plain rounding, and so is Bitmill's. W8A8: weights by rows, inputs by tokens, both rounded
+while the model is scored. `seconds` is the peer's `oneshot` call alone, and all of `bitmill.quantize` with
+reading the model and writing the file. KLD in nats against the original: `docs` is the calibration's kind of
+text, `other` is not."""
+
+
+def main() -> None:
+    """Run both sides of each."""
+    parser = arguments(__doc__)
+    parser.add_argument("--only", nargs="+", choices=list(SIDES), default=list(SIDES))
+    parser.add_argument("--solver", default="nearest")
+    options = parser.parse_args()
+    both = bench(options)
+    ratios = []
+    for name in options.only:
+        extra, recipe, eight = SIDES[name]
+        peer = f"llm-compressor {name}"
+        theirs = both.peer("llmc", "peer_llmc.py", peer, *extra, eight_bit_inputs=eight)
+        ours = both.bitmill(recipe.format(solver=options.solver), f"bitmill {name}", loaded=eight)
+        loss = [
+            ours["scores"][kind]["mean_kld"] / theirs["scores"][kind]["mean_kld"] for kind in ours["scores"]
+        ]
+        ratios.append(
+            f"{name}: bitmill's KLD is {loss[0]:.2f} (docs) and {loss[1]:.2f} (other) of the peer's, "
+            f"in {ours['seconds'] / theirs['seconds']:.3f} of its time."
+        )
+    both.report("transforms", "AWQ and SmoothQuant, side by side", NOTES + "\n\n" + "\n".join(ratios))
+
+
+if __name__ == "__main__":
+    main()
