@@ -42,6 +42,7 @@ KNOWN: Mapping[str, str] = {
     "w4a16-awq": "awq + clip : int4-g128-asym > compressed-tensors",
     "awq-gptq": "awq + gptq : int4-g128-asym > compressed-tensors",
     "hqq": "hqq : int4-g64-fz > hqq",
+    "spqr": "spqr : spqr3-g16-o1-act > spqr",
     **{f"mlx-{bits}bit": _mlx(f"int{bits}-g64-bias") for bits in (2, 3, 4, 5, 6, 8)},
     "mlx-mxfp4": _mlx("mxfp4"),
     "mlx-mxfp8": _mlx("mxfp8"),

@@ -47,9 +47,12 @@ from bitmill.grids.lattice import Lattice
 from bitmill.grids.llm_int8 import LlmInt8
 from bitmill.grids.minifloat import Minifloat
 from bitmill.grids.nonlinear import Nonlinear
+from bitmill.grids.spqr import Spqr
 from bitmill.grids.table import Table
 from bitmill.numerics.bits import pack, packed_words, unpack
 from bitmill.numerics.floats import ELEMENTS
+from bitmill.numerics.outliers import filled, rows_of, sparse
+from bitmill.numerics.tiles import PARTS, SIDE, TOP
 
 METHOD = "bitmill"
 VERSION = 1
@@ -66,7 +69,9 @@ _TORCH = {
     "F8_E4M3": torch.float8_e4m3fn,
     "U8": torch.uint8,
     "I8": torch.int8,
+    "I32": torch.int32,
 }
+_OUTLIERS = ("outlier_offsets", "outlier_columns", "outlier_values")
 _KQUANT_BITS = {
     "q4_0": 4,
     "q4_1": 4,
@@ -171,8 +176,9 @@ class Bitmill(InputContainer):
             raise ValueError(f"the layout of {row.grid} is not known")
         codes = pack(quantized.codes, layout.bits, 8) if layout.bits else quantized.codes
         parts = {f"{row.name}.codes": to_bytes(codes)}
+        params = _sparse_params(row.grid, quantized) if isinstance(row.grid, Spqr) else quantized.params
         for name, (dtype, _) in layout.params.items():
-            parts[f"{row.name}.{name}"] = to_bytes(exactly(quantized.params[name], _TORCH[dtype]))
+            parts[f"{row.name}.{name}"] = to_bytes(exactly(params[name], _TORCH[dtype]))
         for name in row.inputs.fixed if row.inputs else ():
             parts[f"{row.name}.inputs.{name}"] = to_bytes(quantized.inputs[name].to(torch.float32))
         return parts
@@ -220,6 +226,8 @@ def _layout(grid: Grid, shape: tuple[int, int]) -> _Layout | None:
         return _Layout(shape, 4, blocks | runs if str(grid) == "iq4_xs" else blocks)
     if isinstance(grid, LlmInt8):
         return _Layout(shape, 0, {"absmax": ("F32", (out, 1))})
+    if isinstance(grid, Spqr):
+        return _Layout(shape, grid.bits, _spqr_params(grid, shape))
     if isinstance(grid, Lattice):
         return _Layout((out, columns // 8), 16, {"scale": ("F32", (out, 1))})
     return None
@@ -257,6 +265,41 @@ def _table_params(grid: Table, shape: tuple[int, int]) -> Mapping[str, Planned]:
         "absmax_scale": ("F32", (-(-count // 256),)),
         "absmax_offset": ("F32", ()),
     }
+
+
+def _spqr_params(grid: Spqr, shape: tuple[int, int]) -> Mapping[str, Planned]:
+    out, columns = shape
+    params: dict[str, Planned] = dict.fromkeys(("scale", "zero"), ("U8", (out, columns // SIDE)))
+    params.update(dict.fromkeys(PARTS, ("F16", (out // SIDE, columns // SIDE))))
+    count = grid.apart(shape)
+    params |= dict(zip(_OUTLIERS, (("I32", (out + 1,)), ("I32", (count,)), ("F16", (count,))), strict=True))
+    return {**params, "order": ("I32", (1, columns))} if grid.act else params
+
+
+def _sparse_params(grid: Spqr, quantized: Quantized) -> Mapping[str, Tensor]:
+    """Outliers as rows of entries."""
+    entries = sparse(quantized.params["outlier"], grid.apart(quantized.shape))
+    return {**quantized.params, **dict(zip(_OUTLIERS, entries, strict=True))}
+
+
+def _dense_params(params: dict[str, Tensor], shape: tuple[int, int], where: str) -> dict[str, Tensor]:
+    """Inverse of :func:`_sparse_params`.
+
+    Raises:
+        BadFile: entries outside the matrix, codes of more than three bits, or an order that is none.
+    """
+    if int(torch.maximum(params["scale"].max(), params["zero"].max())) > TOP:
+        raise BadFile("codes of its scales and zero points have three bits", where=where)
+    offsets, columns, values = (params.pop(name) for name in _OUTLIERS)
+    order = params.get("order")
+    if order is not None and not torch.equal(order[0].sort().values, torch.arange(shape[1]).to(order.dtype)):
+        raise BadFile("its order is none of its columns", where=where)
+    try:
+        if int(offsets[-1]) != len(columns):
+            raise ValueError(f"offsets end at {int(offsets[-1])} of {len(columns)}")
+        return {**params, "outlier": filled(rows_of(offsets), columns, values, shape)}
+    except ValueError as error:
+        raise BadFile(f"its outliers: {error}", where=where) from error
 
 
 def _row(name: str, entry: object, where: str) -> Row:
@@ -302,5 +345,8 @@ def _unpacked(
     params: dict[str, Tensor] = {}
     for key in layout.params:
         value = folder.read(f"{name}.{key}")
-        params[key] = value.to(torch.float32) if value.is_floating_point() or key == "zero" else value
+        whole = key == "zero" and not isinstance(grid, Spqr)
+        params[key] = value.to(torch.float32) if value.is_floating_point() or whole else value
+    if isinstance(grid, Spqr):
+        params = _dense_params(params, shape, f"{name} in {folder.path}")
     return Quantized(grid, codes, params, shape)

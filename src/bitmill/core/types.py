@@ -54,7 +54,13 @@ class Quantized:
         return self.shape == other.shape and torch.equal(self.dense(), other.dense())
 
     def rows(self, index: Tensor) -> Quantized:
-        """The same rows in another order (rows are independent in every row-wise grid)."""
+        """The same rows in another order.
+
+        Raises:
+            ValueError: rows share parameters on this grid, and would decode to something else.
+        """
+        if self.grid.block[0] > 1:
+            raise ValueError(f"rows on {self.grid} share parameters and cannot be moved")
         out = self.shape[0]
         params = {k: v[index] if v.dim() and v.shape[0] == out else v for k, v in self.params.items()}
         return replace(self, codes=self.codes[index], params=params)
