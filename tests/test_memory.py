@@ -213,6 +213,7 @@ def test_blocks_that_only_predict_further_keep_nothing() -> None:
         (keys(embedding_length="wide"), "embedding_length"),
         (keys(**{"attention.head_count_kv": [1, 2]}), "2 entries for 8 blocks"),
         (keys(**{"attention.head_count_kv": [1.5] * 8}), "head_count_kv"),
+        (keys("glm4moe", nextn_predict_layers=9), "9 of 8 blocks"),
         (keys("mamba"), "ssm"),
         (keys("deepseek4"), "deepseek4"),
     ],

@@ -65,6 +65,12 @@ def test_an_architecture_that_is_not_quantized_here(command: Command, tmp_path: 
     assert parts["recurrent states"] == 4 * 4 * (3 * 128 + 16 * 128) and parts["keys and values"] == 0
 
 
+def test_options_about_a_recipe_need_one(command: Command) -> None:
+    for words in (("--keep", "v"), ("--group-size", "64"), ("--pure",), ("--rows",), ("-o", "x.gguf")):
+        said = command("plan", "smollm2", "--context", "512", *words)
+        assert said.code == 2 and "no recipe is given" in said.err
+
+
 def test_refusals(command: Command, tiny_llama: Path) -> None:
     for words in (("--kv", "q9"), ("--machine", "big"), ("--kv", "fp8"), ("--runtime", "vllm")):
         said = command("plan", "smollm2", *words)

@@ -7,6 +7,7 @@ walked here. A model may be made of keys alone, and be as large as one likes: no
 from __future__ import annotations
 
 import ctypes
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ def _quiet(level: int, text: bytes, data: Any) -> None:
     _LOG.append(text.decode(errors="replace"))
 
 
-_LOG: list[str] = []
+_LOG: deque[str] = deque(maxlen=8)
 api.llama_log_set(_quiet, ctypes.c_void_p(0))
 api.llama_backend_init()
 
@@ -134,13 +135,13 @@ def _allocated(
     flash: int = 1,
     ubatch: int = 512,
 ) -> Allocated:
-    assert model, "".join(_LOG[-8:])
+    assert model, "".join(_LOG)
     parameters = api.llama_context_default_params()
     parameters.n_ctx, parameters.n_seq_max = context * parallel, parallel
     parameters.type_k, parameters.type_v = TYPES[keys], TYPES[values]
     parameters.swa_full, parameters.flash_attn_type, parameters.n_ubatch = full_windows, flash, ubatch
     made = api.llama_init_from_model(model, parameters)
-    assert made, "".join(_LOG[-8:])
+    assert made, "".join(_LOG)
     found_map, nodes = _Map(), []
     _BREAKDOWN(ctypes.byref(found_map), ctypes.cast(made, ctypes.c_void_p))
     waiting = [found_map.root]

@@ -7,7 +7,7 @@ table here. Facts of llama.cpp as of September 2026.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -192,7 +192,10 @@ def _middle(keys: _Keys, blocks: int) -> int:
 
 def _kept(keys: _Keys, blocks: int, heads: Sequence[int], hidden: int) -> tuple[Kept, ...]:
     """Each block's cache. Blocks that only predict further ahead (NextN) are not run, and keep nothing."""
-    run = 0 if keys.arch in _KEEP_NOTHING else blocks - keys.whole("nextn_predict_layers", 0)
+    ahead = keys.whole("nextn_predict_layers", 0)
+    if ahead > blocks:
+        raise BadFile(f"{ahead} of {blocks} blocks are said to predict further ahead", where=keys.where)
+    run = 0 if keys.arch in _KEEP_NOTHING else blocks - ahead
     kv = keys.each("attention.head_count_kv", blocks, heads)
     window, local = _windows(keys, blocks)
     recurrent = _recurrent(keys, blocks, kv)
@@ -206,7 +209,7 @@ def _kept(keys: _Keys, blocks: int, heads: Sequence[int], hidden: int) -> tuple[
             continue
         attends = not recurrent[i] or everywhere
         block = _attention(keys, i, hidden, heads, kv[i], local[i], window) if attends else Kept()
-        kept.append(Kept(**{**vars(block), "states": states if recurrent[i] else ()}))
+        kept.append(replace(block, states=states) if recurrent[i] else block)
     return tuple(kept)
 
 

@@ -87,7 +87,9 @@ def plan(
     from bitmill.source import open_source
 
     asked = Asked(context, parallel, kv, machine, runtime)
-    if recipe is None and bits is None:
+    named = (out, keep, group_size, tensor_type, output_tensor_type, token_embedding_type, pre_tokenizer)
+    about = (*named, pure, strict, rows, split_max_size, split_max_tensors, imatrix)
+    if recipe is None and bits is None and not any(about):
         running = answer(asked, model, revision)
         say.emit({"memory": running.to_json()}) if json else running.show()
         return
