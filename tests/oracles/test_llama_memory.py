@@ -7,6 +7,7 @@ allocating them. Files with weights are loaded.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from bitmill.advise.runtimes import RUNTIMES
 from bitmill.advise.shape_gguf import gguf_shape
 from bitmill.advise.weights import Weights
 from bitmill.checkpoint.gguf import GgufFile
+from bitmill.checkpoint.gguf_write import Planned, encoded, head
 from bitmill.checkpoint.safetensors import SafetensorsFolder
 from bitmill.mill import quantize
 from bitmill.source import embedded_model
@@ -221,6 +223,7 @@ def test_models_as_large_as_they_are(name: str, tmp_path: Path) -> None:
         assert 0.9 < step / found.compute < 1.1, (run, step, found.compute)
 
 
+NEXTN = {"eh_proj": (512, 1024), "enorm": (512,), "hnorm": (512,), "shared_head_norm": (512,)}
 UNSAVED = ("gemma3n", "step35", "shared keys")
 """Architectures that llama.cpp does not write, or (gemma4) writes without a key that it needs."""
 
@@ -241,6 +244,24 @@ def test_weights_of_what_we_write(family: str, recipe: str, tmp_path: Path) -> N
 
 def test_the_carried_model() -> None:
     assert_weights(embedded_model())
+
+
+@pytest.mark.parametrize("name", ["glm4moe", "deepseek2", "qwen35"])
+def test_a_block_that_predicts_further_is_not_loaded(name: str, tmp_path: Path) -> None:
+    """The last of eight blocks is made one: llama.cpp then neither loads it nor gives it a cache."""
+    made = GgufFile(theirs.save(keys_of(*ARCHITECTURES[name]), tmp_path))
+    keys = {**made.raw_keys, f"{name}.nextn_predict_layers": encoded(1)}
+    kept = [t for t in made.tensors.values() if not (t.name.startswith("blk.7.") and "scale" in t.name)]
+    tensors = [Planned(t.name, t.shape, int(t.type), t.bytes_) for t in kept]
+    for part, shape in NEXTN.items():
+        tensors.append(Planned(f"blk.7.nextn.{part}.weight", shape, 0, 4 * prod(shape)))
+    header, _, size = head(keys, tensors)
+    with (tmp_path / "ahead.gguf").open("wb") as file:
+        file.write(header)
+        file.truncate(size)
+    model, found = as_it_is(tmp_path / "ahead.gguf"), theirs.of_file(tmp_path / "ahead.gguf", real=True)
+    assert model.weights.bytes_ == found.model < made.bytes_ - 2_000_000
+    assert ours(GgufFile(tmp_path / "ahead.gguf").metadata, {"context": 512}) == found.context
 
 
 def assert_weights(path: Path) -> None:
