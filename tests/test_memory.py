@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -221,6 +222,27 @@ def test_blocks_that_only_predict_further_keep_nothing() -> None:
 def test_hostile_keys(metadata: dict[str, Any], said: str) -> None:
     with pytest.raises((BadFile, Refused), match=said):
         gguf_shape(metadata, "x")
+
+
+ODD: list[Any] = [None, -1, 0, 1, 1 << 31, 1.5, float("nan"), "x", [], [1], [None] * 8, {}, True]
+
+
+def test_numbers_that_make_no_sense_are_refused_or_read() -> None:
+    """Never another error than a refusal, and nothing is allocated for what they claim."""
+    draw = random.Random(0)
+    configs = [LLAMA3_8B, GEMMA3_27B, QWEN35_27B, mla(4, 8), GPT_OSS_120B, *(c for c, _, _ in HYBRIDS)]
+    files = [keys(), keys("gemma3"), keys("jamba", **{"ssm.conv_kernel": 4, "ssm.inner_size": 64})]
+    refused = 0
+    for _ in range(400):
+        facts = dict(draw.choice([*configs, *files]))
+        facts[draw.choice(list(facts))] = draw.choice(ODD)
+        try:
+            in_file = "general.architecture" in facts
+            shape = gguf_shape(facts, "x") if in_file else config_shape(facts)
+            memory(Model(shape, Weights(0), LLAMA_CPP), Wanted(512, 1, cache_types("f16")))
+        except (BadFile, Refused):
+            refused += 1
+    assert 100 < refused < 400
 
 
 def test_a_window_holds_a_step_beside_it() -> None:

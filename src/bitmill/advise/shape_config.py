@@ -101,7 +101,7 @@ def _settled(facts: Mapping[str, Any]) -> Mapping[str, Any]:
 def _kinds(c: _Numbers, blocks: int) -> list[str]:
     """What each block is, in transformers' words."""
     listed = c.get("layer_types", "layers_block_type", "block_types")
-    model = c.get("model_type")
+    model = str(c.get("model_type"))
     if isinstance(listed, list) and listed:
         return [str(listed[i % len(listed)]) for i in range(blocks)]
     if model in _ALL_RECURRENT or model in _ALL_BOTH:
