@@ -6,6 +6,7 @@ compared in single precision, whatever is stored: they differ by the order of su
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from bitmill.checkpoint.safetensors import SafetensorsFolder
 from bitmill.containers.mlx import Mlx
 from bitmill.core.registry import parse_grid
 from bitmill.grids.biased import Biased
+from bitmill.run.load import load_model
 from bitmill.source import open_path, open_source
 from tests.tiny import make_model, tokens
 from tests.written import Written, rows_of, write
@@ -112,6 +114,48 @@ def test_other_families(tmp_path: Path, family: str) -> None:
     model, _ = load(str(output.path))
     ids = tokens(2, 12 if family == "gemma2" else 24)
     assert distance(logits(model, ids), expected(source, output, ids)) < DISTANCE
+
+
+@pytest.mark.parametrize("grid", ["int4-g64-bias", "int3-g32-sym", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3moe"])
+def test_experts(tmp_path: Path, family: str, grid: str) -> None:
+    """Stacks of experts load as mlx-lm's own; transformers runs our decoding of the same file."""
+    _, output = written(tmp_path, "bf16", grid, False, family)
+    model, tokenizer = load(str(output.path))
+    switch = "block_sparse_moe" if family == "mixtral" else "mlp"
+    name = f"model.layers.1.{switch}.switch_mlp.down_proj"
+    values = decoded(*layer(model, name))
+    part = "experts.{}.w2" if family == "mixtral" else "experts.{}.down_proj"
+    for expert, value in enumerate(values):
+        wanted = output.quantized[f"model.layers.1.{switch}.{part.format(expert)}.weight"]
+        assert torch.equal(value, wanted.dense())
+    ids = tokens(2, 12)
+    with torch.no_grad():
+        wanted_logits = load_model(open_path(output.path))(ids).logits
+    found = logits(model, ids)
+    near = (found - wanted_logits).norm(dim=-1) / wanted_logits.norm(dim=-1)
+    assert float((near < 1e-3).float().mean()) > 0.9  # a tie may send a token to another expert
+    assert generate(model, tokenizer, "hello", max_tokens=4) is not None
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3moe"])
+def test_experts_that_mlx_lm_converts(tmp_path: Path, family: str) -> None:
+    path = make_model(tmp_path / "model", family, tied=False, dtype="bfloat16", **SIZES)
+    config = json.loads((path / "config.json").read_text())
+    older = {"num_experts": config.get("num_local_experts"), "rope_theta": 10000.0}
+    (path / "config.json").write_text(json.dumps({**older, **config}))
+    convert(str(path), str(tmp_path / "out"), quantize=True, q_bits=4, q_group_size=32)
+    again, source = open_path(tmp_path / "out"), SafetensorsFolder(path)
+    assert set(again.tensors) == set(source.tensors)
+    model, _ = load(str(tmp_path / "out"))
+    switch = "block_sparse_moe" if family == "mixtral" else "mlp"
+    part = "experts.{}.w1" if family == "mixtral" else "experts.{}.gate_proj"
+    values = decoded(*layer(model, f"model.layers.0.{switch}.switch_mlp.gate_proj"))
+    for expert, value in enumerate(values):
+        name = f"model.layers.0.{switch}.{part.format(expert)}.weight"
+        assert torch.equal(again.read(name), value)
+        near = again.read(name) - source.read(name).float()
+        assert float(near.norm() / source.read(name).float().norm()) < 0.2
 
 
 def test_several_grids(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ class Packed:
 
     Attributes:
         shape: of the dense weight.
-        parts: names of the stored tensors it is made of.
+        parts: names of the stored tensors it is made of; none where it is one of a stack of weights.
         dense: its values, in ``dtype``.
         stored: codes and parameters, or None when no grid describes how they are laid out.
         dtype: the narrowest type that all its values are exact in.
@@ -50,7 +50,7 @@ class PackedFolder(InputCheckpoint):
         packed: quantized weights by canonical name.
         aside: stored tensors that are no weights (scales of activations, of a cache).
         inputs: how the inputs of linears are rounded when the model runs, by weight name.
-        used: stored tensors that are in the values of weights already.
+        used: stored tensors that are in the values of weights already, or are stacks of several.
 
     Raises:
         BadFile: a part is missing, belongs to two weights, or to none although it is not a dense weight.
@@ -91,6 +91,8 @@ class PackedFolder(InputCheckpoint):
                     f"tensor {record.name!r} ({record.dtype}) belongs to no weight that is described",
                     where=f"{record.path}: quantization_config",
                 )
+        for name, weight in packed.items():
+            facts.setdefault(name, TensorFacts(name, weight.shape, weight.dtype))
         self._facts = MappingProxyType(facts)
         self._quantization = MappingProxyType(dict(config["quantization_config"]))
         plain = {k: v for k, v in config.items() if k != "quantization_config"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from math import prod
 from types import MappingProxyType
 from typing import Any
@@ -38,9 +38,13 @@ def bytes_of(planned: Planned) -> int:
 
 
 def safetensors_images(
-    tensors: Mapping[str, Planned], metadata: Mapping[str, str], max_shard_bytes: int = SHARD_BYTES
+    tensors: Mapping[str, Planned],
+    metadata: Mapping[str, str],
+    max_shard_bytes: int = SHARD_BYTES,
+    stacks: Collection[str] = (),
 ) -> tuple[FileImage, ...]:
-    """The safetensors files that hold ``tensors``, in order; beyond one shard, their index as well.
+    """The safetensors files that hold ``tensors``, in order; beyond one shard, their index as well. Each of
+    ``stacks`` has a slot for every entry of its first dimension: ``NAME[0]``, ``NAME[1]`` …
 
     Inside a file the wider element types come first, so that every tensor starts at a multiple of its
     element's size and can be mapped.
@@ -55,12 +59,12 @@ def safetensors_images(
         shards[-1][name] = planned
         filled += size
     if len(shards) == 1:
-        return (_image(SINGLE, shards[0], metadata),)
+        return (_image(SINGLE, shards[0], metadata, stacks),)
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     places = {name: path for path, shard in zip(names, shards, strict=True) for name in shard}
     total = sum(bytes_of(planned) for planned in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-    images = [_image(path, shard, metadata) for path, shard in zip(names, shards, strict=True)]
+    images = [_image(path, shard, metadata, stacks) for path, shard in zip(names, shards, strict=True)]
     return (*images, text_image(INDEX, json_bytes(index)))
 
 
@@ -70,11 +74,13 @@ def folder_images(
     config: Mapping[str, Any],
     metadata: Mapping[str, str],
     more: Mapping[str, bytes] | None = None,
+    stacks: Collection[str] = (),
 ) -> tuple[FileImage, ...]:
-    """A whole model folder: ``config.json``, what ``source`` carries, ``more`` small files, the weights."""
+    """A whole model folder: ``config.json``, what ``source`` carries, ``more`` small files, the weights, of
+    which ``stacks`` are written an entry at a time."""
     texts = {CONFIG: json_bytes(dict(config)), **source.carried, **(more or {})}
     small = [text_image(path, data) for path, data in texts.items()]
-    return (*small, *safetensors_images(tensors, metadata))
+    return (*small, *safetensors_images(tensors, metadata, stacks=stacks))
 
 
 def quantized_folder(
@@ -144,7 +150,9 @@ def json_bytes(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _image(path: str, tensors: Mapping[str, Planned], metadata: Mapping[str, str]) -> FileImage:
+def _image(
+    path: str, tensors: Mapping[str, Planned], metadata: Mapping[str, str], stacks: Collection[str] = ()
+) -> FileImage:
     ordered = sorted(tensors.items(), key=lambda item: -DTYPE_BYTES[item[1][0]])
     entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     places: list[Slot] = []
@@ -152,7 +160,11 @@ def _image(path: str, tensors: Mapping[str, Planned], metadata: Mapping[str, str
     for name, (dtype, shape) in ordered:
         size = bytes_of((dtype, shape))
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
-        places.append(Slot(name, at, size))
+        if name in stacks:
+            each = size // shape[0]
+            places.extend(Slot(f"{name}[{i}]", at + i * each, each) for i in range(shape[0]))
+        else:
+            places.append(Slot(name, at, size))
         at += size
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)

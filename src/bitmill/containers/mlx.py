@@ -3,11 +3,12 @@
 A quantized layer has ``weight`` (codes as one stream of bits a row, in 32-bit words), ``scales`` and, in the
 affine mode, ``biases``: a value is ``scale · code + bias``, in the model's own type. The modes ``mxfp4``,
 ``mxfp8`` and ``nvfp4`` have a byte as scale and no bias. Layers may differ; embedding and head may be
-quantized too.
+quantized too. Experts of a mixture are one stack a projection (``switch_mlp``), as mlx-lm makes them.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,11 +27,11 @@ from bitmill.checkpoint.safetensors_write import (
     model_config,
     to_bytes,
 )
-from bitmill.containers._mlx_read import open_folder, settings_of
+from bitmill.containers._mlx_read import EXPERT_NAMES, STACK, open_folder, settings_of
 from bitmill.core.axes import Checkpoint, Container, Grid, torch_dtype
 from bitmill.core.errors import Refused
 from bitmill.core.types import FileImage, Quantized, Row
-from bitmill.families.base import LINEAR_ROLES
+from bitmill.families.base import LINEAR_ROLES, is_expert, traits
 from bitmill.grids.biased import Biased
 from bitmill.grids.dense import Dense
 from bitmill.grids.ggml_floats import GgmlFloat
@@ -41,6 +42,8 @@ _BITS = (2, 3, 4, 5, 6, 8)
 _GROUPS = (32, 64, 128)
 _ROLES = LINEAR_ROLES | {"embed", "head", "router"}
 _WEIGHT = ".weight"
+_EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
+_PROJECTIONS = {own: part for part, own in EXPERT_NAMES.items()}
 _SMALL = {
     "mxfp4": ("mxfp4", 32, 4),
     "mxfp4-floor": ("mxfp4", 32, 4),
@@ -102,22 +105,64 @@ class Mlx(Container):
         """The whole folder.
 
         Raises:
-            Refused: single experts of a mixture are quantized, which mlx-lm stores as one.
+            Refused: experts of a block are not all alike, which mlx-lm stores as one.
         """
         config = model_config(source, rows)
         config |= {key: value for key, value in _older_names(config).items() if key not in config}
         settings = _settings(rows)
         if settings:
             config |= {"quantization": settings, "quantization_config": settings}
-        tensors = {name: planned for row in rows for name, planned in _planned(row).items()}
+        slots = {name: planned for row in rows for name, planned in _planned(row).items()}
+        tensors, stacks = _stacked(slots, traits(source.config)["experts"])
         metadata = {"format": "mlx", **{f"bitmill.{key}": text for key, text in notes.items()}}
-        return folder_images(source, tensors, config, metadata)
+        return folder_images(source, tensors, config, metadata, stacks=stacks)
 
     def pack(self, row: Row, quantized: Quantized, source: Checkpoint) -> Mapping[str, bytes]:
         if isinstance(row.grid, Dense):
             return {row.name: to_bytes(quantized.codes)}
-        module = row.name.removesuffix(_WEIGHT)
-        return {f"{module}.{name}": to_bytes(value) for name, value in _parts(row.grid, quantized).items()}
+        module, entry = _place(row.name)
+        found = _parts(row.grid, quantized).items()
+        return {f"{module}.{name}{entry}": to_bytes(value) for name, value in found}
+
+
+def _place(weight: str) -> tuple[str, str]:
+    """The module that holds a quantized weight, and which entry of its stack where it is an expert's."""
+    expert = _EXPERT.fullmatch(weight)
+    if expert is None:
+        return weight.removesuffix(_WEIGHT), ""
+    block, number, part = expert.groups()
+    return f"{block}{STACK}{_PROJECTIONS.get(part, part)}", f"[{number}]"
+
+
+def _stacked(slots: Mapping[str, Planned], experts: int) -> tuple[dict[str, Planned], set[str]]:
+    """Tensors of the file, with the experts' parts joined to stacks; names of those.
+
+    Raises:
+        Refused: an expert or a projection is missing in a stack, or they differ.
+    """
+    tensors: dict[str, Planned] = {}
+    counts: Counter[str] = Counter()
+    for slot, (dtype, shape) in slots.items():
+        name, entry, _ = slot.partition("[")
+        planned: Planned = (dtype, (experts, *shape)) if entry else (dtype, shape)
+        counts[name] += bool(entry)
+        if tensors.setdefault(name, planned) != planned:
+            raise Refused(
+                "the experts of a block are one tensor in mlx-lm, all on one grid",
+                where=name,
+                fix="name the same grid for all experts of a role",
+            )
+    stacks = {name for name, count in counts.items() if count}
+    whole = {name.rpartition(".")[0] for name in stacks if counts[name] == experts}
+    for module in sorted({name.rpartition(".")[0] for name in stacks}):
+        block = module.partition(STACK)[0]
+        if module not in whole or any(f"{block}{STACK}{part}" not in whole for part in _PROJECTIONS.values()):
+            raise Refused(
+                "the experts of a block are quantized all together in mlx-lm, or not at all",
+                where=module,
+                fix="quantize gate, up and down, or keep=gate+up+down",
+            )
+    return tensors, stacks
 
 
 def _kind(grid: Grid) -> tuple[str, int, int]:
@@ -130,19 +175,16 @@ def _kind(grid: Grid) -> tuple[str, int, int]:
 def _planned(row: Row) -> dict[str, Planned]:
     if isinstance(row.grid, Dense):
         return {row.name: (DENSE_DTYPES[str(row.grid)], row.shape)}
-    if not row.name.endswith(_WEIGHT) or ".experts." in row.name:
-        raise Refused(
-            f"mlx-lm has no place for {row.grid} here",
-            where=row.name,
-            fix="keep this tensor; experts of a mixture are one tensor in mlx-lm",
-        )
+    module, entry = _place(row.name)
+    if not row.name.endswith(_WEIGHT) or (is_expert(row.name) and not entry):
+        raise Refused(f"mlx-lm has no place for {row.grid} here", where=row.name, fix="keep this tensor")
     mode, group, bits = _kind(row.grid)
-    module, (out, columns) = row.name.removesuffix(_WEIGHT), row.shape
+    out, columns = row.shape
     scales: Planned = ("U8" if mode != "affine" else _number(row.grid), (out, columns // group))
     parts: dict[str, Planned] = {"weight": ("U32", (out, columns * bits // 32)), "scales": scales}
     if mode == "affine":
         parts["biases"] = scales
-    return {f"{module}.{name}": planned for name, planned in parts.items()}
+    return {f"{module}.{name}{entry}": planned for name, planned in parts.items()}
 
 
 def _number(grid: Grid) -> str:
@@ -172,9 +214,7 @@ def _parts(grid: Grid, quantized: Quantized) -> dict[str, Tensor]:
 
 def _settings(rows: Sequence[Row]) -> dict[str, Any]:
     """``quantization``: the commonest kind, and every layer of another; nothing when all is dense."""
-    kinds = {
-        row.name.removesuffix(_WEIGHT): _kind(row.grid) for row in rows if not isinstance(row.grid, Dense)
-    }
+    kinds = {_place(row.name)[0]: _kind(row.grid) for row in rows if not isinstance(row.grid, Dense)}
     if not kinds:
         return {}
     common = Counter(kinds.values()).most_common(1)[0][0]
@@ -186,11 +226,12 @@ def _settings(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _older_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary settings as mlx-lm reads them: transformers 5 has gathered them, and most of mlx-lm's models
-    take a default for what they do not find."""
-    ropes = config.get("rope_parameters")
+    """Settings as mlx-lm reads them: transformers 5 has gathered those of rotary positions, and most of
+    mlx-lm's models take a default for what they do not find."""
+    ropes, experts = config.get("rope_parameters"), config.get("num_local_experts")
+    counted = {} if experts is None else {"num_experts": experts}
     if not isinstance(ropes, dict):
-        return {}
+        return counted
     nested = isinstance(ropes.get("full_attention"), dict)
     whole, local = (ropes["full_attention"], ropes.get("sliding_attention", {})) if nested else (ropes, {})
     named = {
@@ -203,4 +244,4 @@ def _older_names(config: Mapping[str, Any]) -> dict[str, Any]:
     layers = config.get("layer_types")
     if isinstance(layers, list) and "full_attention" in layers and "sliding_attention" in layers:
         named["sliding_window_pattern"] = layers.index("full_attention") + 1
-    return {key: value for key, value in named.items() if value is not None}
+    return counted | {key: value for key, value in named.items() if value is not None}
