@@ -176,8 +176,7 @@ class IQuant(BlockGrid, VectorGrid):
             vectors.point_runs, -(-len(runs) // vectors.LANES), runs,
             kind.untold if told is None else vectors.TOLD, weights, power, 256 // kind.run,
             kind.signs == "even", kind.rungs, np.float32(kind.rung), kind.fitted, kind.again,
-            np.float32(kind.quiet), book.place, book.first, book.near, book.cells, book.points, index, signs,
-            scale,
+            np.float32(kind.quiet), book.around, index, signs, scale,
         )  # fmt: skip
         d, scales = np.empty(len(x), np.float32), np.empty((len(x), 256 // kind.run), np.uint8)
         index, signs = index.reshape(len(x), -1), signs.reshape(len(x), -1)
@@ -201,8 +200,8 @@ class IQuant(BlockGrid, VectorGrid):
         scale = np.empty(len(runs), np.float32)
         in_threads(
             thirds.cut_runs, len(runs), runs, told is not None,
-            weights.reshape(-1, kind.run), power, 256 // kind.run, np.float32(kind.quiet), book.place,
-            book.first, book.near, book.cells, book.points, index, down, scale,
+            weights.reshape(-1, kind.run), power, 256 // kind.run, np.float32(kind.quiet), book.around,
+            book.points, index, down, scale,
         )  # fmt: skip
         d, scales = np.empty(len(x), np.float32), np.empty((len(x), 256 // kind.run), np.uint8)
         index, down = index.reshape(len(x), 32), down.reshape(len(x), 32)

@@ -14,6 +14,9 @@ import numpy as np
 from gguf import quants
 from numpy.typing import NDArray
 
+from bitmill.numerics.ggml_nearest import BITS, Around
+from bitmill.numerics.lanes import LANES
+
 _SHELLS = {"iq2_xxs": 2, "iq2_xs": 2, "iq2_s": 1, "iq3_xxs": 2, "iq3_s": 3, "iq1_s": 3, "iq1_m": 3}
 """Distances that count as near."""
 
@@ -25,19 +28,12 @@ class Codebook:
     Attributes:
         values: decoded value of each level, float32.
         points: ``points width`` uint8, level of each coordinate.
-        place: index of the point a tuple is, or -1; a tuple's key is ``sum(level · levels ** coordinate)``.
-        first: ``tuples + 1``; points near tuple ``k`` are ``first[k] … first[k + 1]`` of the next two.
-        near: indices of points, nearest first.
-        cells: rows of the search's table of errors that add up to that of each such point, ``· 4`` for points
-            of four coordinates, ``· 6`` for those of eight.
+        around: where to look for each tuple of levels.
     """
 
     values: NDArray[np.float32]
     points: NDArray[np.uint8]
-    place: NDArray[np.int32]
-    first: NDArray[np.uint32]
-    near: NDArray[np.uint16]
-    cells: NDArray[np.uint16]
+    around: Around
 
     @property
     def width(self) -> int:
@@ -65,30 +61,27 @@ def codebook(type: str) -> Codebook:
         values = values / np.float32(8)
     if type == "iq3_xxs":
         values = values / np.float32(4)
-    return Codebook(values, points, *_neighbours(points, len(values), _SHELLS[type]))
+    return Codebook(values, points, _around(points, len(values), _SHELLS[type]))
 
 
-def _neighbours(
-    points: NDArray[np.uint8], levels: int, shells: int
-) -> tuple[NDArray[np.int32], NDArray[np.uint32], NDArray[np.uint16], NDArray[np.uint16]]:
+def _around(points: NDArray[np.uint8], levels: int, shells: int) -> Around:
     width = points.shape[1]
     tuples = np.stack(np.unravel_index(np.arange(levels**width), (levels,) * width, order="F"), 1)
     ours = points.astype(np.int32)
     place = np.full(len(tuples), -1, np.int32)
     place[(ours * levels ** np.arange(width)).sum(1)] = np.arange(len(points))
-    first, near = np.zeros(len(tuples) + 1, np.uint32), []
+    many, near = np.zeros(len(tuples), np.int32), []
     # Coordinates are odd numbers there, 2 · level + 1: distances are four times these, the order is the same.
     norms = (ours**2).sum(1)
     for key in np.flatnonzero(place < 0):
         distance = norms - 2 * (ours @ tuples[key])
         reach = np.unique(distance)[:shells][-1]
         close = np.flatnonzero(distance <= reach)
-        near.append(close[np.argsort(distance[close], kind="stable")])
-        first[key + 1] = len(close)
+        many[key] = len(close)
+        close = close[np.argsort(distance[close], kind="stable")]
+        near.append(np.append(close, np.repeat(close[-1:], -len(close) % LANES)))
     found = np.concatenate(near).astype(np.uint16)
-    digits = points[found].astype(np.uint16)
-    cells = digits + np.arange(width, dtype=np.uint16) * np.uint16(levels)
-    if width == 8:
-        start = digits[:, :3] @ np.array([9, 3, 1], np.uint16)
-        cells = np.concatenate([start[:, None], 27 + digits[:, 3:] + np.arange(0, 15, 3, dtype=np.uint16)], 1)
-    return place, first.cumsum(dtype=np.uint32), found, cells
+    blocks = -(-many // LANES)
+    odd = np.ascontiguousarray((2 * points[found] + np.uint8(1)).reshape(-1, LANES, width).swapaxes(1, 2))
+    packed = (ours << np.arange(0, BITS * width, BITS, dtype=np.int32)).sum(1, dtype=np.int32)
+    return Around(place, many, (blocks.cumsum() - blocks).astype(np.int32), found, odd, packed)

@@ -15,7 +15,11 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from bitmill.numerics.ggml_nearest import Around
+from bitmill.numerics.lanes import LANES, least, load, load_bytes, minus, plus, spread, times, where_less
+
 _compiled = njit(cache=True, nogil=True, error_model="numpy")
+_inlined = njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
 
 SHIFT = 0.125
 
@@ -23,6 +27,7 @@ _Floats = NDArray[np.float32]
 _Ints = NDArray[Any]
 _f, _i = np.float32, np.int32
 _ZERO, _ONE, _SHIFT = _f(0), _f(1), _f(SHIFT)
+_ORDER = np.arange(LANES, dtype=np.float32)
 
 
 @_compiled
@@ -35,10 +40,7 @@ def cut_runs(
     power: _Floats,
     per: int,
     quiet: np.float32,
-    place: _Ints,
-    first: _Ints,
-    near: _Ints,
-    cells: _Ints,
+    around: Around,
     points: _Ints,
     index: _Ints,
     shift: _Ints,
@@ -50,11 +52,12 @@ def cut_runs(
         start, stop: runs of ``x`` (``runs n``); run ``r`` uses ``power[r // per]`` and row ``r`` of
             ``importance`` (its rows repeat), or x² as weights if not ``told``.
         quiet: runs whose largest magnitude is below it are all zero.
-        place, first, near, cells, points: of the :class:`~bitmill.numerics.ggml_codebooks.Codebook`.
+        around, points: of the :class:`~bitmill.numerics.ggml_codebooks.Codebook`.
         index: ``runs n/8``. ``shift``: ``runs n/8``, 1 where the shift is down. ``scale``: ``runs``.
     """
     n = x.shape[1]
     apart = n == 16
+    place, many, first, near, odd, _ = around  # every look into a tuple counts a reference
     weight, order, digit = np.empty(n, np.float32), np.empty(n, np.int64), np.empty(n, np.int32)
     sum_x, sum_w = np.zeros(n + 1, np.float32), np.zeros(n + 1, np.float32)
     for r in range(start, stop):
@@ -66,9 +69,9 @@ def cut_runs(
             most = max(most, abs(value))
         if most < quiet:
             continue
-        _sort(x[r], order)
+        _sort(x, r, order)
         if apart:
-            found, low, high, way = _cut_apart(x[r], weight, order)
+            found, low, high, way = _cut_apart(x, r, weight, order)
         else:
             for k in range(n):
                 i = order[k]
@@ -87,16 +90,16 @@ def cut_runs(
             for g in range(n // 8):
                 shift[r, g] = 1 - shift[r, g]
         scale[r] = _to_codebook(
-            x[r], weight, abs(found), digit, shift[r], place, first, near, cells, points, index[r]
+            x, r, weight, abs(found), digit, shift, place, many, first, near, odd, points, index
         )
 
 
 @_compiled
-def _sort(x: _Floats, order: _Ints) -> None:
+def _sort(x: _Floats, r: int, order: _Ints) -> None:
     """Insertion sort: stable, as the C library's is on arrays this short."""
-    for k in range(x.size):
+    for k in range(x.shape[1]):
         at = k
-        while at > 0 and x[order[at - 1]] > x[k]:
+        while at > 0 and x[r, order[at - 1]] > x[r, k]:
             order[at] = order[at - 1]
             at -= 1
         order[at] = k
@@ -139,22 +142,27 @@ def _cut_alike(sum_x: _Floats, sum_w: _Floats) -> tuple[np.float32, int, int, in
 
 
 @_compiled
+def _shift(down: int) -> np.float32:
+    return -_SHIFT if down else _SHIFT
+
+
+@_compiled
 def _values(down: int) -> tuple[np.float32, np.float32, np.float32]:
-    shift = -_SHIFT if down else _SHIFT
+    shift = _shift(down)
     return -_ONE + shift, shift, _ONE + shift
 
 
 @_compiled
-def _cut_apart(x: _Floats, weight: _Floats, order: _Ints) -> tuple[np.float32, int, int, int]:
+def _cut_apart(x: _Floats, r: int, weight: _Floats, order: _Ints) -> tuple[np.float32, int, int, int]:
     """Best scale and cuts of sixteen weights whose halves are shifted each its own way; bit 1 of the last
     answer says whether the first half goes down, bit 0 the second."""
-    n = x.size
+    n = x.shape[1]
     sum_x, sum_w = np.zeros((2, n + 1), np.float32), np.zeros((2, n + 1), np.float32)
     for k in range(n):
         i = order[k]
         for half in range(2):
             mine = (i >= 8) == (half == 1)
-            sum_x[half, k + 1] = sum_x[half, k] + (weight[i] * x[i] if mine else _ZERO)
+            sum_x[half, k + 1] = sum_x[half, k] + (weight[i] * x[r, i] if mine else _ZERO)
             sum_w[half, k + 1] = sum_w[half, k] + (weight[i] if mine else _ZERO)
     best, scale, low, high, way = _f(-np.inf), _ZERO, -1, -1, -1
     dot, norm = np.empty((2, 2), np.float32), np.empty((2, 2), np.float32)
@@ -182,62 +190,70 @@ def _cut_apart(x: _Floats, weight: _Floats, order: _Ints) -> tuple[np.float32, i
     return scale, low, high, way
 
 
-@_compiled
+@_inlined
 def _to_codebook(
     x: _Floats,
+    r: int,
     weight: _Floats,
     scale: np.float32,
     digit: _Ints,
     down: _Ints,
     place: _Ints,
+    many: _Ints,
     first: _Ints,
     near: _Ints,
-    cells: _Ints,
+    odd: _Ints,
     points: _Ints,
     index: _Ints,
 ) -> np.float32:
     """Each group's point, the best one around where its digits are not in the codebook; then the scale."""
-    one, two, table = np.empty(9, np.float32), np.empty(9, np.float32), np.empty(42, np.float32)
     off = False
-    for g in range(x.size // 8):
+    for g in range(index.shape[1]):
         key, power = 0, 1
         for i in range(8):
             key += digit[8 * g + i] * power
             power *= 3
-        index[g] = place[key]
-        if place[key] >= 0:
-            continue
-        off = True
-        values = _values(down[g])
-        for i in range(8):
-            for q in range(3):
-                miss = scale * values[q] - x[8 * g + i]
-                if i < 3:
-                    one[3 * i + q] = weight[8 * g + i] * miss * miss
-                else:
-                    table[27 + 3 * (i - 3) + q] = weight[8 * g + i] * miss * miss
-        for k in range(9):
-            two[k] = one[k // 3] + one[3 + k % 3]
-        for k in range(27):
-            table[k] = two[k // 3] + one[6 + k % 3]
-        start, stop = first[key], first[key + 1]
-        best, least = start, _f(np.inf)
-        for c in range(start, stop):
-            error = table[cells[c, 0]] + table[cells[c, 1]] + table[cells[c, 2]]
-            error = error + table[cells[c, 3]] + table[cells[c, 4]] + table[cells[c, 5]]
-            best = c if error < least else best
-            least = error if error < least else least
-        index[g] = near[best]
+        index[r, g] = place[key]
+        if place[key] < 0:
+            off = True
+            start = LANES * first[key]
+            best = _nearest(start, many[key], scale, _shift(down[r, g]), x, r, 8 * g, weight, odd)
+            index[r, g] = near[start + best]
     if not off:
         return scale
     dot, norm = _ZERO, _ZERO
-    for g in range(x.size // 8):
-        reached = _values(down[g])
+    for g in range(index.shape[1]):
+        reached = _values(down[r, g])
         for i in range(8):
-            w, level = weight[8 * g + i], reached[points[index[g], i]]
-            dot += w * level * x[8 * g + i]
+            w, level = weight[8 * g + i], reached[points[index[r, g], i]]
+            dot += w * level * x[r, 8 * g + i]
             norm += w * level * level
     return dot / norm if dot > 0 and norm > 0 else scale
+
+
+@_inlined
+def _nearest(
+    start: int,
+    count: int,
+    scale: np.float32,
+    shift: np.float32,
+    x: _Floats,
+    r: int,
+    at: int,
+    weight: _Floats,
+    odd: _Ints,
+) -> int:
+    """The first point with the least error; the first of all if none is a number."""
+    scales, base, low, best = spread(scale), spread(shift - _f(1.5)), spread(_f(np.inf)), spread(_ZERO)
+    for b in range(0, count, LANES):
+        total = spread(_ZERO)
+        for i in range(8):
+            level = plus(times(load_bytes(odd, 8 * (start + b) + LANES * i), spread(_f(0.5))), base)
+            miss = minus(times(scales, level), spread(x[r, at + i]))
+            total = plus(total, times(times(spread(weight[at + i]), miss), miss))
+        best = where_less(total, low, plus(spread(_f(b)), load(_ORDER, 0)), best)
+        low = where_less(total, low, total, low)
+    return int(least(where_less(spread(least(low)), low, spread(_f(np.inf)), best)))
 
 
 @_compiled
