@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bitmill import mill
 from bitmill.checkpoint.safetensors import SafetensorsFolder
 from bitmill.containers._spqr_read import TENSORS, words_of
 from bitmill.containers.bitmill import Bitmill
@@ -28,7 +29,7 @@ from bitmill.solvers.gptq import Gptq
 from bitmill.solvers.nearest import Nearest
 from bitmill.solvers.spqr import Spqr
 from bitmill.source import open_path
-from tests.tiny import EXPERTS, make_model
+from tests.tiny import EXPERTS, make_model, tokens
 from tests.written import Written, write
 from tests.written import rows_of as planned_rows
 
@@ -306,7 +307,7 @@ def test_folders_decode_by_hand(source: SafetensorsFolder, tmp_path: Path, grid:
     assert bool((tensors[f"{NAME}.dense_weights"] >> 62 == 0).all())
     settings = json.loads((out.path / "config.json").read_text())["quantization_config"]
     assert settings["shapes"][f"{NAME}.in_perm.shape"] == columns // 2
-    assert settings["modules_to_not_convert"] == ["lm_head"]
+    assert settings["modules_to_not_convert"] == ["lm_head", "lm_head.weight"]
     assert json.loads((out.path / "config.json").read_text())["dtype"] == "float16"
 
 
@@ -480,3 +481,12 @@ def test_our_own_folder_checks_its_outliers_too(source: SafetensorsFolder, tmp_p
 def test_the_name_people_use() -> None:
     assert str(parse("SpQR")) == f"spqr : {ACT} > spqr"
     assert parse("spqr(damp=0.01) : spqr4 > bitmill").grid == "spqr4-g16-o1"
+
+
+def test_the_whole_way(source: SafetensorsFolder, tmp_path: Path) -> None:
+    mill.quantize(str(source.path), "SpQR", tmp_path / "out", calib=tokens(4, 32), nsamples=4, seqlen=32)
+    mill.quantize(str(tmp_path / "out"), "nearest : bf16 > safetensors", tmp_path / "dense")
+    again = open_path(tmp_path / "out")
+    placed = [name for name in again.tensors if again.stored(name) is not None]
+    assert len(placed) == 21
+    assert {str(stored.grid) for name in placed if (stored := again.stored(name))} == {ACT}

@@ -3,10 +3,13 @@
 
 A word of 64 bits holds a row of a tile: its scale's code, its zero point's, sixteen codes, and an eighth of
 the tile's second-order numbers; outliers stand beside them as rows of entries. The package runs on an NVIDIA
-GPU only, one token at a time and one sequence at a time, in half precision. Here the layout is held against
-its converter and its decoder, which are compiled without one; its kernels were never run. Version 0.2.0
-spells a method otherwise than transformers calls it (``create_placehodler``), and loads nothing until it is
-given the right name.
+GPU only, one token and one sequence at a time, in half precision. Here the layout is held against its
+converter and its decoder, which are compiled without one; its kernels were never run.
+
+Load it with transformers 4.57. transformers 5.23.0 loads no such folder, whoever wrote it: it calls a method
+that spqr_quant 0.2.0 spells otherwise (``create_placehodler``), and looks for a layer by its path where only
+names of children are (``KeyError``). Either fills every layer of a folder written here with what it should,
+the newer one past those two lines.
 """
 
 from __future__ import annotations
@@ -45,8 +48,8 @@ _OTHERS = 2116  # bytes that the kernel keeps beside the inputs
 @final
 @dataclass(frozen=True)
 class Spqr(Container):
-    """A Hugging Face folder of SpQR's three-bit layers for transformers 5 and spqr_quant; what is kept is in
-    half precision, since its reader takes no other."""
+    """A Hugging Face folder of SpQR's three-bit layers for spqr_quant 0.2.0 and transformers 4.57; what is
+    kept is in half precision, since its reader takes no other."""
 
     single_file: ClassVar[bool] = False
 
@@ -167,6 +170,7 @@ def _settings(rows: Sequence[Row], source: Checkpoint) -> dict[str, Any]:
     skipped = [module for module in linear if module not in chosen]
     if "lm_head" not in linear:
         skipped.append("lm_head")  # tied: the module exists, its weight is the embedding's
+    # Layers that stay are named as transformers 5 reads it, and as transformers 4 does.
     shapes = {f"{name}.shape": size[0] for row in placed for name, (_, size) in _planned(row).items()}
     return {
         "quant_method": METHOD,
@@ -174,5 +178,5 @@ def _settings(rows: Sequence[Row], source: Checkpoint) -> dict[str, Any]:
         "beta1": SIDE,
         "beta2": SIDE,
         "shapes": shapes,
-        "modules_to_not_convert": skipped,
+        "modules_to_not_convert": [f"{module}{end}" for module in skipped for end in ("", _WEIGHT)],
     }
