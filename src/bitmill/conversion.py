@@ -30,7 +30,7 @@ from bitmill.core.axes import (
 from bitmill.core.errors import BadRecipe, Refused
 from bitmill.core.types import FileImage, Row, TensorFacts
 from bitmill.families.base import LINEAR_ROLES, Family, describe
-from bitmill.forecast import BASE_BYTES
+from bitmill.forecast import BASE_BYTES, rounding_seconds
 from bitmill.grids.dense import Dense
 from bitmill.planning import MATRIX, Plan, plan, refuse_folder
 from bitmill.recipe import Call, Recipe, parse
@@ -41,7 +41,9 @@ AS_STORED = "as-stored"
 """Stands for the grid in the name of a conversion that keeps what is stored."""
 VERB = "convert"
 _GROWN = 1.05
-_RATE = 60e6  # weights a second that are read, compared and written
+_ANEW = "requantized from"  # why a row is on another grid than its source
+_RATE = 60e6  # weights a second that are read, compared and written as they are
+_UNPACKED = 7e6  # weights a second that are unpacked for the plan, the file and two comparisons
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +174,7 @@ def _on_named_grids(wanted: Recipe, source: Checkpoint, out: Path | None, dtype:
             continue
         exact = isinstance(row.grid, Dense) or relabelled(stored, row.grid) is not None
         was = str(stored.grid)
-        rows.append(replace(row, why=_said(was, row.grid) if exact else f"requantized from {was}"))
+        rows.append(replace(row, why=_said(was, row.grid) if exact else f"{_ANEW} {was}"))
     told, lost = _with_inputs(made.rows, made.container, source)
     rows = [replace(row, inputs=one.inputs) for row, one in zip(rows, told, strict=True)]
     files = made.container.files(told, source, _provenance(recipe, source))
@@ -218,7 +220,7 @@ def _row(found: _Found, dtype: str, closest: Mapping[tuple[str, str, int], Grid]
         why = _said(found.stored, grid) if found.stored else "kept"
         return replace(found.row, grid=grid, why=why)
     grid = closest[_class(found)]
-    why = f"requantized from {found.stored}" if found.stored else f"kept, rounded to {grid}"
+    why = f"{_ANEW} {found.stored}" if found.stored else f"kept, rounded to {grid}"
     return replace(found.row, grid=grid, why=why)
 
 
@@ -401,7 +403,10 @@ def _made(
     if out is not None:
         refuse_folder(out, total_bytes(files))
     largest = max(math.prod(row.shape) for row in rows)
-    seconds = 2.0 + 2 * sum(math.prod(row.shape) for row in rows) / _RATE
+    anew = [row for row in rows if row.why.startswith(_ANEW) and not isinstance(row.grid, Dense)]
+    stored = sum(math.prod(row.shape) for row in rows if not row.why.startswith("kept"))
+    kept = sum(math.prod(row.shape) for row in rows) - stored
+    seconds = 2.0 + 2 * kept / _RATE + stored / _UNPACKED + rounding_seconds(anew)
     peak = BASE_BYTES + 16 * largest
     return Plan(
         recipe, family, rows, files, container, source.digest, dtype, 0, 0, "nothing", peak, seconds, remarks

@@ -39,6 +39,14 @@ def blocks_between(hidden: int, seconds: float, blocks: int) -> int:
     return max(1, math.ceil(hidden / DISK / (KEEPING * seconds / blocks)))
 
 
+def rounding_seconds(rows: Sequence[Row]) -> float:
+    """Seconds in which the grids of these rows round their weights once, on all cores."""
+    cores = os.cpu_count() or 1
+    weights = sum(math.prod(row.shape) for row in rows)
+    sought = sum(math.prod(row.shape) for row in rows if isinstance(row.grid, VectorGrid))
+    return (weights - sought) / (ROUNDED * cores) + sought / (SOUGHT * cores)
+
+
 def cost(
     rows: Sequence[Row],
     config: Mapping[str, Any],
@@ -65,7 +73,7 @@ def cost(
     cores = os.cpu_count() or 1
     weights = sum(math.prod(row.shape) for row in matrices)
     sought = sum(math.prod(row.shape) for row in matrices if isinstance(row.grid, VectorGrid))
-    seconds = (weights - sought) / (ROUNDED * cores) + sought / (SOUGHT * cores)
+    seconds = rounding_seconds(matrices)
     if needs == "nothing":
         return BASE_BYTES + 16 * min(largest, 1 << 26), 2.0 + seconds
     tokens = nsamples * seqlen

@@ -5,6 +5,10 @@ with inputs that are rounded too, eight-bit rows as ``int-quantized`` and FP8 as
 ``quantization_config`` names the layers of each grid and describes their inputs; scales that calibration
 fixed stand beside the weights.
 
+Experts of a mixture are layers like any other. transformers 5.23 loads them on symmetric packed integers and
+in FP8; it fails on zero points, on whole bytes and on experts kept dense, and misreads those in
+NVFP4 without a word: they are for vLLM.
+
 Read as well: groups in activation order (``weight_g_idx``) and rotations while the model runs
 (``transform_config``), both as dense values, since no grid has them; rotations go into the weights behind
 them. Neither is written: transformers loads such a folder without its rotations, and ``hadamard`` folds its
