@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitmill.core.axes import CalibratedSolver, Solver, VectorGrid
+from bitmill.core.learning import BlockSolver
 from bitmill.core.types import Row
 
 BASE_BYTES = 450 << 20  # an interpreter with torch, transformers and numba loaded
@@ -18,6 +19,7 @@ KEEPING = 0.02  # share of a run's time that keeping activations for a resume ma
 RATE = 90e9  # float32 operations a second a core of a 2024 server
 ROUNDED = 4e6  # weights a second a core that a grid's own search rounds, most of them
 SOUGHT = 0.9e6  # the same where points of a codebook are sought
+MOVED = 40e6  # weights a second a core that a step of learning rounds and moves
 PLACED = 3.3e6  # weights a second a core that one pass puts on points
 
 
@@ -77,7 +79,8 @@ def cost(
     if needs == "nothing":
         return BASE_BYTES + 16 * min(largest, 1 << 26), 2.0 + seconds
     tokens = nsamples * seqlen
-    streams = 1 + (isinstance(solver, CalibratedSolver) and solver.cross)  # the original model runs along
+    crosses, learns = isinstance(solver, CalibratedSolver) and solver.cross, isinstance(solver, BlockSolver)
+    streams = 1 + (crosses or learns)  # the original model runs along
     hidden = 2 * tokens * int(config["hidden_size"]) * 4 * streams
     activations = min(staged_bytes(config, tokens) * streams, STAGED_BYTES)
     operations, grams = 4.0 * weights * tokens * streams, 0
@@ -86,7 +89,10 @@ def cost(
         operations += 2 * tokens * 3 * widest * widest * max(len(blocks), 1)
         operations += sum(2 * math.prod(row.shape) * row.shape[1] for row in matrices) * solver.passes
         seconds += solver.passes * sought / (PLACED * cores)
-    if streams > 1:
+    if crosses:
         operations += 2 * 2 * tokens * 3 * widest * widest * max(len(blocks), 1)
-    block = 4 * max(blocks.values(), default=0) * (streams + 2 * fitted)
+    if isinstance(solver, BlockSolver):
+        operations += 2.0 * weights * seqlen * 3 * solver.windows_run  # backwards is twice forwards
+        seconds += solver.passes * weights / (MOVED * cores)
+    block = 4 * max(blocks.values(), default=0) * (streams + 2 * fitted + 9 * learns)
     return BASE_BYTES + block + hidden + activations + grams, 5.0 + seconds + operations / (RATE * cores)

@@ -19,6 +19,7 @@ from bitmill.calibrate.windows import tokens_sha256
 from bitmill.checkpoint.imatrix import read_imatrices
 from bitmill.core.axes import CalibratedSolver, Checkpoint
 from bitmill.core.errors import BitmillError, Interrupted, Refused
+from bitmill.core.learning import BlockSolver
 from bitmill.core.types import Moments, Note
 from bitmill.journal import RESUME, Boundary, Workspace, report_path
 from bitmill.planning import Plan, plan
@@ -141,6 +142,11 @@ class Told:
         calibrated = self.calib is not None or self.moments is not None or bool(self.matrices)
         windows = {"nsamples": self.nsamples, "seqlen": self.seqlen}
         made = plan(wanted, source, out, **windows, strict=strict, calibrated=calibrated)
+        if isinstance(wanted.make_solver(), BlockSolver) and (self.moments is not None or self.matrices):
+            raise Refused(
+                f"{wanted.solver} learns from what a block puts out; moments of its inputs do not tell",
+                fix="calibrate: --calib TEXT instead of --moments or --imatrix",
+            )
         if self.matrices and (self.calib is not None or self.moments is not None):
             raise Refused("--imatrix stands instead of --calib and --moments", fix="give one of them")
         return made

@@ -47,29 +47,50 @@ class Placing:
         Rows on the same row-wise grid are stacked: one factorization and one pass serve q, k and v, and a
         value the whole stack shares (NVFP4's gain) is the one that runtimes with fused projections demand.
         """
-        stacks: dict[str, list[Row]] = {}
-        for row in rows:
-            stacks.setdefault(str(row.grid) if self._stackable(row) else row.name, []).append(row)
-        problems = [
-            Problem("+".join(r.name for r in s), s[0].role, _stacked(s, tensors), moments, s[0].inputs)
-            for s in stacks.values()
-        ]
-        grids = [stack[0].grid for stack in stacks.values()]
+        stacks = self.stacks(rows)
+        problems = [self.problem(stack, tensors, moments) for stack in stacks]
+        grids = [stack[0].grid for stack in stacks]
         if moments is not None and not moments.tokens:
             solutions = [_unseen(problem, grid) for problem, grid in zip(problems, grids, strict=True)]
         else:
             solutions = self.solver.solve(problems, grids)
         values: dict[str, Tensor] = {}
-        for stack, solution in zip(stacks.values(), solutions, strict=True):
-            self.notes += solution.notes
-            parts = solution.quantized.parts([row.shape[0] for row in stack])
-            for row, part in zip(stack, parts, strict=True):
-                quantized = replace(part, inputs=fixed_by(row, moments, self.plan.dtype))
-                dense = quantized.dense()
-                self._record_error(row, tensors[row.name], dense, moments)
-                self.write(row, quantized)
-                self._sample.setdefault(row.role, (row.name, dense[:4].clone(), quantized.inputs))
-                values[row.name] = dense
+        for stack, solution in zip(stacks, solutions, strict=True):
+            values.update(self.accept(stack, solution, tensors, moments))
+        return values
+
+    def stacks(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """Rows of one input in stacks that are solved as one weight each."""
+        found: dict[str, list[Row]] = {}
+        for row in rows:
+            found.setdefault(str(row.grid) if self._stackable(row) else row.name, []).append(row)
+        return list(found.values())
+
+    def problem(
+        self, stack: Sequence[Row], tensors: Mapping[str, Tensor], moments: Moments | None
+    ) -> Problem:
+        """A stack as one problem."""
+        name = "+".join(row.name for row in stack)
+        return Problem(name, stack[0].role, _stacked(stack, tensors), moments, stack[0].inputs)
+
+    def accept(
+        self,
+        stack: Sequence[Row],
+        solution: Solution,
+        tensors: Mapping[str, Tensor],
+        moments: Moments | None,
+    ) -> dict[str, Tensor]:
+        """Note the errors of a stack's solution and write it; its dense values by name."""
+        self.notes += solution.notes
+        values: dict[str, Tensor] = {}
+        parts = solution.quantized.parts([row.shape[0] for row in stack])
+        for row, part in zip(stack, parts, strict=True):
+            quantized = replace(part, inputs=fixed_by(row, moments, self.plan.dtype))
+            dense = quantized.dense()
+            self._record_error(row, tensors[row.name], dense, moments)
+            self.write(row, quantized)
+            self._sample.setdefault(row.role, (row.name, dense[:4].clone(), quantized.inputs))
+            values[row.name] = dense
         return values
 
     def write_kept(self, rows: Sequence[Row], tensors: Mapping[str, Tensor]) -> None:

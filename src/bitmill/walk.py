@@ -6,7 +6,7 @@ input exists, so that later groups see the error of earlier ones and the block r
 transform takes the moments of the whole block first, from some of the tokens. *Two passes*: moments of the
 dense block in micro-batches, solve, then the quantized block's outputs; also for a solver that is not
 ``sequential``. Where a solver asks for cross moments, the original model's hidden states go along beside the
-quantized one's.
+quantized one's. So they do for a solver that learns from the output of a block, which has it as a whole.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from bitmill.calibrate.stream import Block, Stream, Twin
 from bitmill.calibrate.tokens import Calibration
 from bitmill.core.axes import CalibratedSolver, Checkpoint, Container
 from bitmill.core.errors import Refused, Unsolvable
+from bitmill.core.learning import BlockSolver, BlockTask
 from bitmill.core.types import Inputs, Moments, Note, Row
 from bitmill.fitting import Fitting
 from bitmill.folding import fixed_fold
@@ -83,7 +84,9 @@ class Walk:
         self.placing = Placing(self.plan, self.source, self.space, solver, self.notes)
         told = solver if isinstance(solver, CalibratedSolver) else None
         self._sequential, self._cross = (True, False) if told is None else (told.sequential, told.cross)
-        self._original: Tensor | None = None  # hidden states of the model as it was, for cross moments
+        self._learns = solver if isinstance(solver, BlockSolver) else None
+        self._along = self._cross or self._learns is not None
+        self._original: Tensor | None = None  # hidden states of the model as it was, where they go along
         self.container: Container = self.plan.container
         transforms = self.plan.recipe.make_transforms()
         self.fold = fixed_fold(self.plan.family, transforms, self.source)
@@ -110,7 +113,7 @@ class Walk:
             before = len(self.notes)
             if stream is not None and hidden is None:
                 hidden = stream.embed(self.calibration.tokens)
-                self._original = hidden.clone() if self._cross else None
+                self._original = hidden.clone() if self._along else None
             hidden = self._block(index, stream, hidden)
             kept = index + 1 < len(layers) and self._worth_keeping(index, len(layers), hidden)
             self._journal(f"block {index}", before, hidden if kept else None)
@@ -188,7 +191,7 @@ class Walk:
             self._solve_known(index, rows, tensors)
             return None
         block = stream.block(index, read=tensors.__getitem__)
-        if not (self._sequential and self.fits_staged(hidden)):
+        if self._learns is None and not (self._sequential and self.fits_staged(hidden)):
             return self._two_passes(block, rows, tensors, hidden)
         if self.fitting.transforms:
             groups = self._groups(block, rows, hidden)
@@ -197,6 +200,8 @@ class Walk:
                 self._gather(block, groups, hidden)
             self._fold(block, rows, tensors, some, hidden)
             block = stream.block(index, read=tensors.__getitem__)
+        if self._learns is not None:
+            return self._learned(block, self._learns, rows, tensors, hidden)
         twin = stream.block(index, read=tensors.__getitem__) if self._cross else None
         return self._staged(block, rows, tensors, hidden, twin)
 
@@ -280,19 +285,67 @@ class Walk:
         self._canary(block.index, first, before, hidden[:1])
         return hidden
 
+    def _learned(
+        self,
+        block: Block,
+        solver: BlockSolver,
+        rows: Sequence[Row],
+        tensors: dict[str, Tensor],
+        hidden: Tensor,
+    ) -> Tensor:
+        """All weights of the block learned at once, from what the original's makes of its own inputs."""
+        assert self._original is not None
+        batch = max(1, MICRO_TOKENS // hidden.shape[1])
+        first = hidden[:1].clone()
+        before, wanted = block.forward(first), block.run(self._original, batch)
+        groups = self._groups(block, rows, hidden)
+        moments = self._gather(block, groups, hidden)
+        stacks = [stack for group in groups for stack in self.placing.stacks(group)]
+
+        def outputs(values: Sequence[Tensor], windows: Tensor) -> Tensor:
+            weights = {
+                row.name.removeprefix(block.prefix).removesuffix(".weight"): part
+                for stack, value in zip(stacks, values, strict=True)
+                for row, part in zip(stack, value.split([row.shape[0] for row in stack]), strict=True)
+            }
+            return block.outputs(weights, hidden[windows])
+
+        known = [moments[stack[0].name] for stack in stacks]
+        told = [m if m.tokens else None for m in known]
+        task = BlockTask(
+            f"block {block.index}",
+            [self.placing.problem(s, tensors, m) for s, m in zip(stacks, told, strict=True)],
+            [stack[0].grid for stack in stacks],
+            len(hidden),
+            outputs,
+            wanted.__getitem__,
+        )
+        for stack, solution, m in zip(stacks, solver.learn(task), known, strict=True):
+            self._assign(block, stack, self.placing.accept(stack, solution, tensors, m), m)
+        self.placing.write_kept(rows, tensors)
+        hidden.copy_(block.run(hidden, batch))
+        self._original = wanted
+        self._canary(block.index, first, before, hidden[:1])
+        return hidden
+
     def _place(
         self, block: Block, group: Sequence[Row], tensors: dict[str, Tensor], moments: Moments
     ) -> None:
         """Solve a group, and have the block compute as the quantized model will from here on."""
-        values = self.placing.solve(group, tensors, moments)
+        self._assign(block, group, self.placing.solve(group, tensors, moments), moments)
         for row in group:
+            del tensors[row.name]  # the block computes with the new values: the old ones are memory
+
+    def _assign(
+        self, block: Block, rows: Sequence[Row], values: Mapping[str, Tensor], moments: Moments
+    ) -> None:
+        for row in rows:
             path = row.name.removeprefix(block.prefix)
             block.assign(path, values[row.name])
             if row.inputs is not None:
                 block.inputs[path.removesuffix(".weight")] = Inputs(
                     row.inputs, fixed_by(row, moments, self.plan.dtype)
                 )
-            del tensors[row.name]  # the block computes with the new values: the old ones are memory
 
     def _groups(self, block: Block, rows: Sequence[Row], hidden: Tensor) -> list[list[Row]]:
         """Solved rows grouped by the input they share, in the order the block runs them."""
@@ -402,7 +455,7 @@ class Walk:
         """Whether a resumed run should find this block's output, rather than compute it again."""
         if hidden is None:
             return False
-        size = hidden.numel() * hidden.element_size() * (1 + self._cross)
+        size = hidden.numel() * hidden.element_size() * (1 + self._along)
         return (index + 1) % blocks_between(size, self.plan.seconds, blocks) == 0
 
     def _recall(self, record: Mapping[str, Any]) -> None:
@@ -414,7 +467,7 @@ class Walk:
     def _hidden_so_far(self, done: Sequence[Mapping[str, Any]]) -> Tensor | None:
         if done and "live" in done[-1]:
             live = self.space.load_live(done[-1]["live"])
-            self._original = live["original"].to(self.device) if self._cross else None
+            self._original = live["original"].to(self.device) if self._along else None
             return live["hidden"].to(self.device)
         return None
 

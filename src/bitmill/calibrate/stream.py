@@ -17,9 +17,9 @@ from typing import Any, Protocol
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bitmill.calibrate.experts import Experts, opened
+from bitmill.calibrate.skeleton import empty_model, final_norm_path, find_layers, path_of, scaled_logits
 from bitmill.core.axes import Checkpoint, inputs_of
 from bitmill.core.errors import BadFile, Refused
 from bitmill.core.types import Inputs
@@ -110,6 +110,14 @@ class Block:
             for module in experts:
                 module.everywhere = False
         return [tuple(paths) for _, paths in seen]
+
+    def outputs(self, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        """As :meth:`forward`, with these weights in place of those at their paths; differentiable in them."""
+        inside = self._stream.family.inside
+        named = {f"{inside(path)}.weight": weight for path, weight in weights.items()}
+        args, kwargs = self._stream.call(self.index, hidden)
+        out = torch.func.functional_call(self.module, named, (hidden, *args), kwargs)
+        return out[0] if isinstance(out, tuple) else out
 
     def watched(self, hidden: Tensor, hooks: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Tensor:
         """:meth:`forward` while ``hooks[path]`` sees, and may replace, the input of linear ``path``."""
@@ -252,10 +260,10 @@ class Stream:
         self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
         self._read = read or checkpoint.read
         self.family = describe(checkpoint.config)
-        self._model = _empty_model(checkpoint.config, self.device)
-        self.layers_path, self._layers = _find_layers(self._model)
+        self._model = empty_model(checkpoint.config, self.device)
+        self.layers_path, self._layers = find_layers(self._model)
         self._calls: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
-        self._norm_path = _final_norm_path(self._model, self.layers_path)
+        self._norm_path = final_norm_path(self._model, self.layers_path)
         self._inputs = inputs_of(checkpoint) if inputs is None else inputs
         joined, where = self.family.joined, str(checkpoint.path)
         check_all_inputs(self._model, self.layers_path, self._inputs, joined, where)
@@ -273,7 +281,7 @@ class Stream:
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states ``n T H`` of token ids ``n T``; only the rows that occur are converted."""
         module = self._model.get_input_embeddings()
-        path = _path_of(self._model, module)
+        path = path_of(self._model, module)
         table = self._tensor(f"{path}.weight")
         rows, index = tokens.unique(return_inverse=True)
         if int(rows[-1]) >= table.shape[0]:
@@ -327,7 +335,7 @@ class Stream:
         with torch.no_grad():
             x = norm(hidden.to(self.device, self.dtype)).float()
             weight, bias = self._head()
-            inputs = self._inputs.get(f"{_path_of(self._model, self._model.get_output_embeddings())}.weight")
+            inputs = self._inputs.get(f"{path_of(self._model, self._model.get_output_embeddings())}.weight")
             x = x if inputs is None else rounded(inputs.grid, x, inputs.fixed)
             rows = weight.shape[0]
             out = torch.empty(*x.shape[:-1], rows, dtype=torch.float32, device=self.device)
@@ -336,7 +344,7 @@ class Stream:
                 out[..., a : a + _VOCAB_ROWS] = x @ part.T
             if bias is not None:
                 out += bias.to(self.device, torch.float32)
-            return _scaled(out, self.checkpoint.config)
+            return scaled_logits(out, self.checkpoint.config)
 
     def call(self, index: int, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the model calls layer ``index`` with, beside the hidden states, for a batch of this shape."""
@@ -372,12 +380,12 @@ class Stream:
 
     def _head(self) -> tuple[Tensor, Tensor | None]:
         head = self._model.get_output_embeddings()
-        path = _path_of(self._model, head)
+        path = path_of(self._model, head)
         names = self.checkpoint.tensors
         if f"{path}.weight" in names:
             bias = self._tensor(f"{path}.bias") if f"{path}.bias" in names else None
             return self._tensor(f"{path}.weight"), bias
-        return self._tensor(f"{_path_of(self._model, self._model.get_input_embeddings())}.weight"), None
+        return self._tensor(f"{path_of(self._model, self._model.get_input_embeddings())}.weight"), None
 
     def _parameter(self, prefix: str, name: str, read: Read | None) -> Tensor:
         """A parameter of a layer, put together where the checkpoint has it in parts."""
@@ -398,63 +406,6 @@ class Stream:
         return (read or self._read)(name)
 
 
-def _empty_model(config: Mapping[str, Any], device: torch.device) -> PreTrainedModel:
-    """The model's skeleton: parameters on the meta device, buffers (rotary frequencies) real."""
-    facts = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
-    model_type = str(facts.pop("model_type", ""))
-    try:
-        parsed = AutoConfig.for_model(model_type, **facts)
-    except (ValueError, KeyError) as error:
-        raise Refused(
-            f"transformers does not know the architecture {model_type!r}",
-            where="config.json: model_type",
-            fix="upgrade transformers, or check the spelling; custom code inside a model folder is never run",
-        ) from error
-    # Fused attention cannot cap its scores; else transformers takes it where the model can be run with it.
-    parsed._attn_implementation = "eager" if facts.get("attn_logit_softcapping") else None
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(parsed, dtype=torch.float32)
-    except ValueError as error:
-        raise Refused(
-            f"{model_type!r} is not a causal language model", where="config.json: model_type"
-        ) from error
-    for module in model.modules():
-        names = [n for n, b in module.named_buffers(recurse=False) if b.is_meta]
-        for name in names:
-            module._buffers[name] = torch.empty_like(module.get_buffer(name), device=device)
-        if names:
-            model._init_weights(module)
-    return model.eval()
-
-
-def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    count = int(model.config.num_hidden_layers)
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return path, module
-    raise Refused(
-        f"{type(model).__name__} has no list of {count} blocks",
-        fix="quantize without calibration (solver nearest, hqq or clip)",
-    )
-
-
-def _final_norm_path(model: PreTrainedModel, layers_path: str) -> str:
-    body_path = layers_path.rpartition(".")[0]
-    candidates = [
-        name
-        for name, _ in model.get_submodule(body_path).named_children()
-        if name.endswith("norm") or "norm" in name
-    ]
-    if not candidates:
-        raise Refused(f"{type(model).__name__} has no final norm beside its blocks")
-    return f"{body_path}.{candidates[-1]}"
-
-
-def _path_of(model: nn.Module, wanted: nn.Module) -> str:
-    return next(path for path, module in model.named_modules() if module is wanted)
-
-
 def _assign(root: nn.Module, name: str, value: Tensor, device: torch.device, dtype: torch.dtype) -> None:
     path, _, leaf = name.rpartition(".")
     module = root.get_submodule(path)
@@ -466,18 +417,6 @@ def _assign(root: nn.Module, name: str, value: Tensor, device: torch.device, dty
             fix="config.json and the weights do not belong together",
         )
     module._parameters[leaf] = nn.Parameter(value.to(device, dtype), requires_grad=False)
-
-
-def _scaled(logits: Tensor, config: Mapping[str, Any]) -> Tensor:
-    """The three ways transformers' models bend their logits: a cap, a factor, a divisor."""
-    cap, factor, divisor = (
-        config.get(k) for k in ("final_logit_softcapping", "logit_scale", "logits_scaling")
-    )
-    if factor:
-        logits = logits * float(factor)
-    if divisor:
-        logits = logits / float(divisor)
-    return torch.tanh(logits / cap) * cap if cap else logits
 
 
 class _hooks:

@@ -1,0 +1,142 @@
+"""Rounding that moves by the sign of a gradient: offsets of weights, and factors of the ends of their ranges.
+
+A weight's value is ``grid(w + V · step)`` under parameters whose range is ``β · lowest … α · highest``.
+Rounding is taken as the identity where the value lies inside the range (Bengio et al., arXiv 1308.3432),
+which makes the derivatives by ``V``, ``α`` and ``β`` those of Cheng et al. (arXiv 2309.05516) and of Esser et
+al. (arXiv 1902.08153).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from bitmill.core.axes import AffineGrid, Grid, ScalarGrid
+from bitmill.core.types import Params, Quantized
+
+NARROWEST = 0.5  # of a range
+LITTLE = 0.97  # narrower by a step or two of learning
+
+
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """A weight on its way to a grid.
+
+    Attributes:
+        weight: ``out in`` float32.
+        grid, start: the grid, and the parameters that all others are factors of.
+        offset: ``V`` in steps, ``out in``, from -1/2 to 1/2.
+        high, low: ``α`` and ``β`` of each block.
+        top, bottom: ends of each block's range under ``start``.
+        ends_apart: whether the zero point is free, so that both ends can move; if not, ``α`` moves both.
+        elastic: whether ranges move at all: a grid of powers of two knows no range a little narrower.
+    """
+
+    weight: Tensor
+    grid: ScalarGrid
+    start: Params
+    offset: Tensor
+    high: Tensor
+    low: Tensor
+    top: Tensor
+    bottom: Tensor
+    ends_apart: bool
+    elastic: bool
+
+    @classmethod
+    def of(cls, weight: Tensor, grid: ScalarGrid, start: Params) -> Learned:
+        """At the very values that ``start`` rounds to."""
+        far = float(weight.abs().amax()) * 1e3 + 1
+        top, bottom = (
+            _by_block(grid.decode(grid.encode(torch.full_like(weight, end), start), start), grid)
+            for end in (far, -far)
+        )
+        top, bottom = top.amax((1, 3)), bottom.amin((1, 3))
+        ones = torch.ones_like(top)
+        apart = isinstance(grid, AffineGrid) and _moved(grid, start, ones, ones, top, bottom) is not None
+        little = grid.scaled(start, torch.full_like(top, LITTLE))
+        elastic = any(not torch.equal(value, start[name]) for name, value in little.items())
+        return cls(weight, grid, start, torch.zeros_like(weight), ones, ones, top, bottom, apart, elastic)
+
+    def params(self) -> Params:
+        """Of the range as it is now, as they would be stored."""
+        if self.ends_apart and isinstance(self.grid, AffineGrid):
+            moved = _moved(self.grid, self.start, self.high, self.low, self.top, self.bottom)
+            assert moved is not None
+            return moved
+        return self.grid.scaled(self.start, self.high)
+
+    def quantized(self, params: Params) -> Quantized:
+        """Codes of the weight with its offset."""
+        shifted = self.weight + self.offset * self.grid.step(params, 0, self.weight.shape[1])
+        return Quantized(
+            self.grid, self.grid.encode(shifted, params), params, (len(shifted), shifted.shape[1])
+        )
+
+    def moved(self, gradient: Tensor, value: Tensor, params: Params, rate: float, ranges: bool) -> Learned:
+        """One step against the sign of the gradient.
+
+        Args:
+            gradient: of the loss by ``value``, the values of :meth:`quantized` under ``params``.
+            rate: how far each offset and each factor goes.
+            ranges: whether factors move at all.
+        """
+        step = self.grid.step(params, 0, self.weight.shape[1])
+        shifted = self.weight + self.offset * step
+        top, bottom = (
+            _spread(end, self.weight, self.grid) for end in (self.high * self.top, self.low * self.bottom)
+        )
+        above, below = shifted > top + step / 2, shifted < bottom - step / 2
+        inside = ~(above | below)
+        offset = (self.offset - rate * (gradient * inside * step).sign()).clamp(-0.5, 0.5)
+        if not (ranges and self.elastic):
+            return replace(self, offset=offset)
+        slip = gradient * (value - self.weight)
+        if not self.ends_apart:
+            by_high = torch.where(inside, slip, gradient * value)
+            return replace(self, offset=offset, high=_stepped(self.high, by_high, rate, self.grid))
+        width = (top - bottom).clamp_min(1e-30)
+        by_high = torch.where(inside, slip * top / width, gradient * top * above)
+        by_low = torch.where(inside, -slip * bottom / width, gradient * bottom * below)
+        return replace(
+            self,
+            offset=offset,
+            high=_stepped(self.high, by_high, rate, self.grid),
+            low=_stepped(self.low, by_low, rate, self.grid),
+        )
+
+
+def _moved(
+    grid: AffineGrid, start: Params, high: Tensor, low: Tensor, top: Tensor, bottom: Tensor
+) -> Params | None:
+    """``start`` with a range from ``low · bottom`` to ``high · top``; None where zero points are not free."""
+    width = top - bottom
+    factor = torch.where(width > 0, (high * top - low * bottom) / width.clamp_min(1e-30), 1.0)
+    params = grid.scaled(start, factor)
+    spread = grid.affine(start, torch.zeros(1, dtype=torch.int64, device=top.device))
+    steps = spread.high - spread.low
+    size = (width * factor / steps).clamp_min(1e-30)
+    return grid.with_zero(params, torch.where(width > 0, -low * bottom / size, 0.0))
+
+
+def _stepped(factor: Tensor, gradient: Tensor, rate: float, grid: Grid) -> Tensor:
+    by_block = _by_block(gradient, grid).sum((1, 3))
+    return (factor - rate * by_block.sign()).clamp(NARROWEST, 1.0)
+
+
+def _by_block(values: Tensor, grid: Grid) -> Tensor:
+    """``out in`` as ``blocks rows blocks columns``, short blocks filled up with zeros."""
+    out, columns = values.shape
+    rows, width = grid.block[0] or out, grid.block[1] or columns
+    whole = pad(values, (0, -columns % width, 0, -out % rows))
+    return whole.reshape(whole.shape[0] // rows, rows, whole.shape[1] // width, width)
+
+
+def _spread(blocks: Tensor, like: Tensor, grid: Grid) -> Tensor:
+    """A value a block as a value a weight."""
+    out, columns = like.shape
+    rows, width = grid.block[0] or out, grid.block[1] or columns
+    return blocks.repeat_interleave(rows, 0)[:out].repeat_interleave(width, 1)[:, :columns]
