@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, final
 
 import numpy as np
@@ -21,11 +22,11 @@ from bitmill.numerics.blocks import TYPES
 from bitmill.numerics.ggml_grid import BlockGrid
 from bitmill.numerics.ggml_rows import (
     HALF_MAX,
+    Found,
     blocks_of,
     check,
     half,
-    in_threads,
-    mean_squares,
+    in_shares,
     stored,
 )
 
@@ -112,7 +113,7 @@ class KQuant(BlockGrid, AffineGrid):
         out, columns = w.shape
         x = blocks_of(w, self.block[1])
         told = None if importance is None else blocks_of(importance, self.block[1])
-        codes, params = _SEARCHES[self.type](self.type, x, told, out)
+        codes, params = in_shares(partial(_SEARCHES[self.type], self.type), out, x, told)
         shaped = {name: torch.from_numpy(p.reshape(out, -1)).to(w.device) for name, p in params.items()}
         on_grid = torch.from_numpy(codes.reshape(out, columns)).to(w.device)
         return Quantized(self, on_grid, shaped, (out, columns))
@@ -192,7 +193,7 @@ def _symmetric(x: np.ndarray, weights: _Weights, half: int) -> tuple[np.ndarray,
     """Codes, scales and weight sums of the symmetric search over runs of ``x``."""
     codes = np.empty(x.shape, np.uint8)
     scale, share = np.empty(len(x), np.float32), np.empty(len(x), np.float32)
-    in_threads(search.symmetric_runs, -(-len(x) // search.LANES), x, *weights, half, codes, scale, share)
+    search.symmetric_runs(0, -(-len(x) // search.LANES), x, *weights, half, codes, scale, share)
     return codes, scale, share
 
 
@@ -204,13 +205,14 @@ def _ranged(
     scale, low, share = (np.empty(len(x), np.float32) for _ in range(3))
     rungs = (np.float32(ladder[0]), np.float32(ladder[1]), ladder[2])
     groups = -(-len(x) // search.LANES)
-    in_threads(search.affine_runs, groups, x, *weights, top, *rungs, absolute, codes, scale, low, share)
+    search.affine_runs(0, groups, x, *weights, top, *rungs, absolute, codes, scale, low, share)
     return codes, scale, low, share
 
 
 def _shaped(x: np.ndarray, importance: np.ndarray, run: int, factor: float) -> _Weights:
     """importance · sqrt(power + x²) for runs of ``run``, power being ``factor`` times a row's mean square."""
-    power = mean_squares(x, factor)
+    power = np.empty(len(x), np.float32)
+    search.mean_square(0, len(x), x, np.float32(factor), power)
     return search.SHAPED, importance.reshape(-1, run), power, x.shape[1] // run
 
 
@@ -219,14 +221,11 @@ def _unasked(kind: int) -> _Weights:
     return kind, np.zeros((1, 1), np.float32), np.zeros(1, np.float32), 1
 
 
-_Found = tuple[np.ndarray, dict[str, np.ndarray]]
-
-
-def _search_legacy(type: str, x: np.ndarray, importance: np.ndarray | None, out: int) -> _Found:
+def _search_legacy(type: str, out: int, x: np.ndarray, importance: np.ndarray | None) -> Found:
     codes = np.empty(x.shape, np.int8 if type == "q8_0" else np.uint8)
     d, m = np.empty(len(x), np.float32), np.empty(len(x), np.float32)
     if type == "q8_0":
-        in_threads(scales_of.plain_absmax, len(x), x, codes, d)
+        scales_of.plain_absmax(0, len(x), x, codes, d)
     elif importance is not None:
         weights = _shaped(x.reshape(out, -1), importance, 32, 1)
         if type in _HALF:
@@ -234,13 +233,13 @@ def _search_legacy(type: str, x: np.ndarray, importance: np.ndarray | None, out:
         else:
             codes, d, m, _ = _ranged(x, weights, _TOP[type], _FINE)
     elif type in _HALF:
-        in_threads(scales_of.plain_symmetric, len(x), x, _HALF[type], codes, d)
+        scales_of.plain_symmetric(0, len(x), x, _HALF[type], codes, d)
     else:
-        in_threads(scales_of.plain_affine, len(x), x, _TOP[type], codes, d, m)
+        scales_of.plain_affine(0, len(x), x, _TOP[type], codes, d, m)
     return codes, {"d": stored(d)} if type in _HALF else {"d": stored(d), "m": stored(m)}
 
 
-def _search_ranged_k(type: str, x: np.ndarray, importance: np.ndarray | None, out: int) -> _Found:
+def _search_ranged_k(type: str, out: int, x: np.ndarray, importance: np.ndarray | None) -> Found:
     count, run, top, told = len(x), _RUN[type], _TOP[type], importance is not None
     runs = x.reshape(-1, run)
     if importance is not None:
@@ -251,15 +250,15 @@ def _search_ranged_k(type: str, x: np.ndarray, importance: np.ndarray | None, ou
         codes, scale, low, share = _ranged(runs, weights, top, _COARSE[type], absolute=type == "q2_k")
     d, dmin = np.empty(count, np.float32), np.empty(count, np.float32)
     scales, mins = np.empty((count, 256 // run), np.uint8), np.empty((count, 256 // run), np.uint8)
-    parts = [values.reshape(count, -1) for values in (scale, low, share)]
+    scale, low, share = (values.reshape(count, -1) for values in (scale, low, share))
     most = 15 if type == "q2_k" else 63
-    in_threads(scales_of.scales_and_mins, count, *parts, most, told, d, dmin, scales, mins)
+    scales_of.scales_and_mins(0, count, scale, low, share, most, told, d, dmin, scales, mins)
     d, dmin, codes = stored(d), stored(dmin), codes.reshape(count, 256)
-    in_threads(scales_of.settle_ranged, count, x, d, dmin, scales, mins, top, codes)
+    scales_of.settle_ranged(0, count, x, d, dmin, scales, mins, top, codes)
     return codes, {"d": d, "dmin": dmin, "scales": scales, "mins": mins}
 
 
-def _search_q3_k(type: str, x: np.ndarray, importance: np.ndarray | None, out: int) -> _Found:
+def _search_q3_k(type: str, out: int, x: np.ndarray, importance: np.ndarray | None) -> Found:
     count, runs = len(x), x.reshape(-1, 16)
     if importance is not None:
         codes, scale, share = _symmetric(runs, _shaped(x, importance, 16, 2), 4)
@@ -268,15 +267,15 @@ def _search_q3_k(type: str, x: np.ndarray, importance: np.ndarray | None, out: i
         scales = (raised.astype(np.int16) - 32).astype(np.int8)
     else:
         codes, scale = np.empty(runs.shape, np.uint8), np.empty(len(runs), np.float32)
-        in_threads(search.descent_runs, len(runs), runs, 4, codes, scale)
+        search.descent_runs(0, len(runs), runs, 4, codes, scale)
         d, scales = np.empty(count, np.float32), np.empty((count, 16), np.int8)
-        in_threads(scales_of.scales_q3_k, count, scale.reshape(count, 16), d, scales)
+        scales_of.scales_q3_k(0, count, scale.reshape(count, 16), d, scales)
     d, codes = stored(d), codes.reshape(count, 256)
-    in_threads(scales_of.settle_symmetric, count, x, d, scales, 4, codes)
+    scales_of.settle_symmetric(0, count, x, d, scales, 4, codes)
     return codes, {"d": d, "scales": scales}
 
 
-def _search_q6_k(type: str, x: np.ndarray, importance: np.ndarray | None, out: int) -> _Found:
+def _search_q6_k(type: str, out: int, x: np.ndarray, importance: np.ndarray | None) -> Found:
     count, runs = len(x), x.reshape(-1, 16)
     if importance is not None:
         weights = (search.GIVEN, importance.reshape(-1, 16), np.zeros(1, np.float32), 1)
@@ -285,15 +284,15 @@ def _search_q6_k(type: str, x: np.ndarray, importance: np.ndarray | None, out: i
     codes, scale, _ = _symmetric(runs, weights, 32)
     codes = codes.reshape(count, 256)
     d, scales = np.empty(count, np.float32), np.empty((count, 16), np.int8)
-    in_threads(scales_of.scales_q6_k, count, scale.reshape(count, 16), codes, d, scales)
+    scales_of.scales_q6_k(0, count, scale.reshape(count, 16), codes, d, scales)
     d = stored(d)
-    in_threads(scales_of.settle_symmetric, count, x, d, scales, 32, codes)
+    scales_of.settle_symmetric(0, count, x, d, scales, 32, codes)
     return codes, {"d": d, "scales": scales}
 
 
-def _search_ternary(type: str, x: np.ndarray, importance: np.ndarray | None, out: int) -> _Found:
+def _search_ternary(type: str, out: int, x: np.ndarray, importance: np.ndarray | None) -> Found:
     codes, d = np.empty(x.shape, np.uint8), np.empty(len(x), np.float32)
-    in_threads(scales_of.plain_ternary, len(x), x, codes, d)
+    scales_of.plain_ternary(0, len(x), x, codes, d)
     return codes, {"d": stored(d)}
 
 

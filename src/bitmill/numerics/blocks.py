@@ -7,6 +7,8 @@ row is a run of blocks. Sub-fields are little-endian, float16 values are exact b
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -21,6 +23,7 @@ from bitmill.numerics import iquant_layout as iq
 from bitmill.numerics.iquant_layout import half, nibbles, unhalf, unnibbles
 
 Bytes = NDArray[np.uint8]
+_SHARE = 1 << 17  # codes that fit a core's cache with what is made of them
 
 
 class BlockType(NamedTuple):
@@ -95,12 +98,24 @@ def pack(type: str, codes: Tensor, params: Mapping[str, Tensor]) -> Bytes:
     p = {
         name: value.reshape(out, count) if name in ("d", "m", "dmin") else value for name, value in p.items()
     }
-    fields = _PACK[type](q, p)
     packed = np.empty((out, count, kind.bytes_), dtype=np.uint8)
-    start = 0
-    for field in fields:
-        packed[:, :, start : start + field.shape[2]] = field
-        start += field.shape[2]
+
+    def fill(first: int, last: int) -> None:
+        rows = slice(first, last)
+        own = {name: value[rows] if value.shape[:1] == (out,) else value for name, value in p.items()}
+        start = 0
+        for field in _PACK[type](q[rows], own):
+            packed[rows, :, start : start + field.shape[2]] = field
+            start += field.shape[2]
+
+    shares = max(1, min(out, q.size // _SHARE))
+    edges = [out * k // shares for k in range(shares + 1)]
+    if shares == 1 or torch.get_num_threads() == 1:
+        for first, last in pairwise(edges):
+            fill(first, last)
+    else:
+        with ThreadPoolExecutor(min(shares, torch.get_num_threads())) as pool:
+            list(pool.map(fill, edges[:-1], edges[1:]))
     return packed.reshape(out, -1)
 
 

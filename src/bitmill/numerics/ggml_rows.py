@@ -17,6 +17,10 @@ from bitmill.core.errors import Refused, Unsolvable
 from bitmill.numerics.ggml_search import mean_square
 
 HALF_MAX = 65504.0
+_SHARE = 1 << 17  # weights
+
+Found = tuple[np.ndarray, dict[str, np.ndarray]]
+"""Codes and parameters of blocks."""
 
 
 def not_whole_blocks(name: str, shape: tuple[int, ...], length: int, small: str) -> str | None:
@@ -100,6 +104,31 @@ def in_threads(kernel: Callable[..., None], count: int, *arrays: Any) -> None:
     with ThreadPoolExecutor(workers) as pool:
         for done in [pool.submit(kernel, a, b, *arrays) for a, b in pairwise(edges)]:
             done.result()
+
+
+def in_shares(search: Callable[..., Found], rows: int, x: np.ndarray, told: np.ndarray | None) -> Found:
+    """``search(rows, x, told)`` over shares of the rows, on torch's number of threads.
+
+    A share fits a core's cache, codes and all. ``x`` are the blocks of ``rows`` rows, ``told`` those of as
+    many rows or of one, which serves them all.
+    """
+    count = max(1, min(rows, x.size // _SHARE))
+    edges = [rows * k // count for k in range(count + 1)]
+    blocks = len(x) // max(1, rows)
+
+    def work(first: int, last: int) -> Found:
+        here = slice(first * blocks, last * blocks)
+        own = told[here] if told is not None and len(told) == len(x) else told
+        return search(last - first, x[here], own)
+
+    workers = min(torch.get_num_threads(), count)
+    if workers == 1:
+        parts = [work(a, b) for a, b in pairwise(edges)]
+    else:
+        with ThreadPoolExecutor(workers) as pool:
+            parts = list(pool.map(work, edges[:-1], edges[1:]))
+    codes, params = zip(*parts, strict=True)
+    return np.concatenate(codes), {name: np.concatenate([p[name] for p in params]) for name in params[0]}
 
 
 def mean_squares(x: np.ndarray, factor: float) -> np.ndarray:
