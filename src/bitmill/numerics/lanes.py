@@ -104,6 +104,12 @@ def times(typing: Any, a: Any, b: Any) -> Any:
 
 
 @_operation
+def over(typing: Any, a: Any, b: Any) -> Any:
+    """Quotients of lanes."""
+    return _EIGHT(_EIGHT, _EIGHT), lambda context, builder, signature, args: builder.fdiv(*args)
+
+
+@_operation
 def where_less(typing: Any, a: Any, b: Any, yes: Any, no: Any) -> Any:
     """``yes`` in lanes where ``a < b``, ``no`` in the others and where either is not a number."""
 
