@@ -3,8 +3,8 @@ number of threads, one after the other.
 
     python benchmarks/bench_libgguf.py [--rows 1024] [--columns 2048] [--threads 2] [--types Q4_K ...]
 
-``libgguf`` starts a thread a core by itself; give Bitmill as many. The best of ``--rounds``, which take turns,
-counts for either side. Rows of the table that are not asked for stay as they were.
+``libgguf`` starts a thread a core by itself; give Bitmill as many. The two take turns, and the best of
+``--rounds`` counts. Rows of the table that are not asked for stay as they were.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NOTES = """Million weights a second, quantizing and packing {rows} rows of {colu
 {threads} threads; libgguf is llama.cpp's C code, which shares rows out to as many by itself. Bytes are
 equal (`IQ1_M`: the error is). The floor is a plain copy; searches are far from it, since a K-quant with
 importance tries 37 fits of every 32 weights, and a codebook type up to 31 scales, at each of which it
-compares all points around each group."""
+compares all points around each group. Rows may come from several runs; both speeds of a row are from one."""
 
 
 def main() -> None:
