@@ -14,7 +14,8 @@ from bitmill.core.types import Row
 
 BASE_BYTES = 450 << 20  # an interpreter with torch, transformers and numba loaded
 STAGED_BYTES = 5 << 28  # 1.25 GiB of activations may be alive at once in a one-pass walk
-DISK = 400e6  # bytes a second that reach a disk for good
+DISK = 300e6  # bytes a second that reach a disk for good
+CHEAP = 4 << 20  # bytes that are made durable without a thought
 KEEPING = 0.02  # share of a run's time that keeping activations for a resume may take
 RATE = 90e9  # float32 operations a second a core of a 2024 server
 ROUNDED = 4e6  # weights a second a core that a grid's own search rounds, most of them
@@ -32,13 +33,19 @@ def staged_bytes(config: Mapping[str, Any], tokens: int) -> int:
     return tokens * (6 * width + 3 * middle) * 4
 
 
-def blocks_between(hidden: int, seconds: float, blocks: int) -> int:
-    """After how many blocks ``hidden`` bytes of activations are made durable again.
+def blocks_between(hidden: int, width: int, weights: int) -> int:
+    """After how many blocks activations are made durable again: what is small costs nothing worth saving,
+    more may take :data:`KEEPING` of the time that the blocks do.
 
     Args:
-        seconds: modelled, of the walk over all ``blocks``.
+        hidden: bytes of all activations.
+        width: bytes of one token's.
+        weights: of a block; every token is multiplied by each, and Gram matrices take about as long again.
     """
-    return max(1, math.ceil(hidden / DISK / (KEEPING * seconds / blocks)))
+    if hidden <= CHEAP:
+        return 1
+    seconds_a_token = 4.0 * weights / (RATE * (os.cpu_count() or 1))
+    return math.ceil(width / DISK / (KEEPING * seconds_a_token))
 
 
 def rounding_seconds(rows: Sequence[Row]) -> float:

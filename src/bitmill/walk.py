@@ -11,6 +11,7 @@ quantized one's. So they do for a solver that learns from the output of a block,
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -115,7 +116,7 @@ class Walk:
                 hidden = stream.embed(self.calibration.tokens)
                 self._original = hidden.clone() if self._along else None
             hidden = self._block(index, stream, hidden)
-            kept = index + 1 < len(layers) and self._worth_keeping(index, len(layers), hidden)
+            kept = index + 1 < len(layers) and self._worth_keeping(index, hidden)
             self._journal(f"block {index}", before, hidden if kept else None)
             self.tell("block", index + 1, len(layers), self._block_line(index))
         return Report(
@@ -451,12 +452,15 @@ class Walk:
             live["original"] = self._original.cpu()
         self.space.finish_unit(unit, record, live)
 
-    def _worth_keeping(self, index: int, blocks: int, hidden: Tensor | None) -> bool:
+    def _worth_keeping(self, index: int, hidden: Tensor | None) -> bool:
         """Whether a resumed run should find this block's output, rather than compute it again."""
         if hidden is None:
             return False
-        size = hidden.numel() * hidden.element_size() * (1 + self._along)
-        return (index + 1) % blocks_between(size, self.plan.seconds, blocks) == 0
+        size, width = (
+            n * hidden.element_size() * (1 + self._along) for n in (hidden.numel(), hidden.shape[-1])
+        )
+        weights = sum(math.prod(row.shape) for row in self.plan.rows if row.layer == index)
+        return (index + 1) % blocks_between(size, width, weights) == 0
 
     def _recall(self, record: Mapping[str, Any]) -> None:
         self.notes += [Note(**note) for note in record["notes"]]
