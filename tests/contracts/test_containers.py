@@ -68,7 +68,8 @@ def test_reads_back_bit_for_bit(name: str, dtype: str, grid: Grid, tmp_path: Pat
             continue
         found = again.stored(row.name)
         assert found is not None and found.shape == wanted.shape and found.same_values(wanted)
-        same = registry.parse_grid(SAME_FILE.get(str(grid), str(grid)))
+        named = str(grid) if name == "bitmill" else SAME_FILE.get(str(grid), str(grid))
+        same = registry.parse_grid(named)  # a file of our own names the rule, too
         assert container.adapt(found.grid, dtype) == container.adapt(same, dtype)
         assert torch.equal(found.codes.to(torch.int64), wanted.codes.to(torch.int64))
         assert set(found.params) == set(wanted.params)

@@ -70,7 +70,7 @@ class AutoRound(Container):
         if isinstance(grid, Dense):
             return None
         if not isinstance(grid, Integer):
-            return f"it holds integer grids only, not {grid}; > bitmill holds anything"
+            return f"it holds integer grids only, not {grid}; > bitmill holds nearly all"
         if grid.zero != "sym":
             return "its kernels for this packing take symmetric grids only: say -sym, or > gptq, > awq"
         if grid.bits not in _BITS or grid.group not in _GROUPS:

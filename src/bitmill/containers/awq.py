@@ -61,7 +61,7 @@ class Awq(Container):
         if isinstance(grid, Dense):
             return None
         if not isinstance(grid, Integer):
-            return f"it holds four-bit integers only, not {grid}; > bitmill holds anything"
+            return f"it holds four-bit integers only, not {grid}; > bitmill holds nearly all"
         if grid.zero == "fz":
             return "its zero points are whole numbers: say -asym, or write > hqq"
         if grid.bits != _BITS:

@@ -1,4 +1,4 @@
-"""Bitmill's own folder: every grid exactly as it was solved, for grids that no runtime's file can hold.
+"""Bitmill's own folder: grids exactly as they were solved, above all those no runtime's file can hold.
 
 Codes are a bit stream a row (U8, least significant bit first), parameters are tensors, and the grid's text
 stands in the safetensors metadata; it reads back bit for bit, and any container can be written from it.
@@ -39,7 +39,9 @@ from bitmill.core.errors import BadFile, BadRecipe
 from bitmill.core.inputs import InputGrid, parse_inputs
 from bitmill.core.registry import parse_grid
 from bitmill.core.types import FileImage, Inputs, Quantized, Row
+from bitmill.grids.biased import Biased
 from bitmill.grids.dense import Dense
+from bitmill.grids.ggml_floats import GgmlFloat
 from bitmill.grids.integer import Integer
 from bitmill.grids.integer_down import IntegerDown
 from bitmill.grids.kquant import KQuant
@@ -105,7 +107,7 @@ class _Layout:
 @final
 @dataclass(frozen=True)
 class Bitmill(InputContainer):
-    """A Hugging Face folder that holds any grid known here, exactly."""
+    """A Hugging Face folder that holds grids exactly; those of llama.cpp's codebooks only GGUF holds."""
 
     single_file: ClassVar[bool] = False
 
@@ -130,7 +132,7 @@ class Bitmill(InputContainer):
         if isinstance(grid, Dense):
             return None
         if _layout(grid, (1, 256)) is None:
-            return f"the layout of {grid} is not known to it"
+            return f"the layout of {grid} is not known to it; > gguf holds it"
         if parse_grid(str(grid)) != grid:
             return f"the text {str(grid)!r} does not say everything about this grid"
         return grid.refuses(shape)
@@ -214,6 +216,12 @@ def _layout(grid: Grid, shape: tuple[int, int]) -> _Layout | None:
         return _Layout(
             shape, grid.bits, dict.fromkeys(("scale", "zero"), (scale, (out // grid.group, columns)))
         )
+    if isinstance(grid, Biased):
+        scale = "F16" if grid.scale == "auto" else DENSE_DTYPES[grid.scale]
+        each: Planned = (scale, (out, columns // grid.group))
+        return _Layout(shape, grid.bits, {"scale": each, "bias": each})
+    if isinstance(grid, GgmlFloat):
+        return _Layout(shape, 4, _ggml_float_params(str(grid), shape))
     if isinstance(grid, Minifloat):
         return _Layout(shape, ELEMENTS[grid.element].bits, _minifloat_params(grid, shape))
     if isinstance(grid, Table):
@@ -241,6 +249,13 @@ def _minifloat_params(grid: Minifloat, shape: tuple[int, int]) -> Mapping[str, P
         return {"scale": ("F8_E4M3", (out, columns // 16)), "gain": ("F32", ())}
     tiles = (-(-out // 128), -(-columns // 128))
     return {"scale": ("F32", {"channel": (out, 1), "tensor": (1, 1)}.get(grid.scaling, tiles))}
+
+
+def _ggml_float_params(kind: str, shape: tuple[int, int]) -> Mapping[str, Planned]:
+    out, columns = shape
+    if kind == "mxfp4-floor":
+        return {"exponent": ("U8", (out, columns // 32))}
+    return {"scale": ("F8_E4M3", (out, columns // 16))}
 
 
 def _kquant_params(kind: str, shape: tuple[int, int]) -> Mapping[str, Planned]:

@@ -72,7 +72,7 @@ class Bitsandbytes(InputContainer):
             return grid.refuses(shape)
         if not isinstance(grid, Table) or _kind(grid) is None:
             near = " (llm-int8 is nearest)" if str(grid).startswith("int8-channel") else ""
-            return f"it holds nf4 and fp4 tables and llm-int8, not {grid}{near}; > bitmill holds anything"
+            return f"it holds nf4 and fp4 tables and llm-int8, not {grid}{near}; > bitmill holds nearly all"
         if grid.width not in _WIDTHS:
             return f"its blocks have {', '.join(map(str, _WIDTHS))} values, not {grid.width}"
         return grid.refuses(shape)

@@ -75,7 +75,7 @@ class Gptq(Container):
         if isinstance(grid, Dense):
             return None
         if not isinstance(grid, Integer):
-            return f"it holds integer grids only, not {grid}; > bitmill holds anything"
+            return f"it holds integer grids only, not {grid}; > bitmill holds nearly all"
         if grid.zero == "fz":
             return "its zero points are whole numbers: say -asym, or write > hqq"
         if grid.bits not in _BITS or grid.group not in _GROUPS:

@@ -61,7 +61,9 @@ class Hqq(Container):
         if role not in LINEAR_ROLES | {"head"}:
             return f"its readers take only linear layers quantized, not the {role}"
         if not isinstance(grid, Integer | IntegerDown):
-            return f"it holds integer grids with real zero points only, not {grid}; > bitmill holds anything"
+            return (
+                f"it holds integer grids with real zero points only, not {grid}; > bitmill holds nearly all"
+            )
         if isinstance(grid, Integer) and (grid.zero != "fz" or grid.group == -1):
             return f"its zero points are real numbers, one a group: say int{grid.bits}-g64-fz, not {grid}"
         if grid.bits not in _BITS:

@@ -64,7 +64,7 @@ class Spqr(Container):
         if isinstance(grid, Dense):
             return None
         if not isinstance(grid, Values):
-            return f"it holds SpQR's grids only, not {grid}: say spqr3-g16-o1-act; > bitmill holds anything"
+            return f"it holds SpQR's grids only, not {grid}: say spqr3-g16-o1-act; > bitmill holds nearly all"
         if grid.bits != BITS:
             return f"its words have room for {BITS} bits a code, not {grid.bits}; > bitmill holds {grid}"
         if role not in LINEAR_ROLES:

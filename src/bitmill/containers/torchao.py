@@ -117,7 +117,7 @@ def _unknown(grid: Grid) -> str | None:
             return None
         if grid.scaling == "mx":
             return f"torchao has no weights in {grid} without activations in it: write > compressed-tensors"
-    return f"it holds integers, FP8 by channel or tensor, and NVFP4, not {grid}; > bitmill holds anything"
+    return f"it holds integers, FP8 by channel or tensor, and NVFP4, not {grid}; > bitmill holds nearly all"
 
 
 def _by_row(grid: Integer) -> bool:
