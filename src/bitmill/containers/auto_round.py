@@ -3,6 +3,7 @@
 The words are GPTQ's or AWQ's, without an index of groups, and every layer may have bits and groups of its
 own (Cheng et al., arXiv 2309.05516). It names a layout, whichever solver filled it. Written are symmetric
 integers, as ``auto_round:auto_gptq``, which every reader has a kernel for; all packings of integers are read.
+Experts of a mixture are stored one by one; no loader was tried on those here.
 """
 
 from __future__ import annotations

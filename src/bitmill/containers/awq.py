@@ -2,6 +2,7 @@
 
 Four bits, packed across the outputs, with zero points as they are (Lin et al., arXiv 2306.00978). It names a
 layout, whichever solver filled it: ``awq`` among the transforms is the method.
+Experts of a mixture are stored one by one; no loader was tried on those here.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 Codes are packed down the input rows, zero points along the outputs (Frantar et al., arXiv 2210.17323; the
 layout is AutoGPTQ's). Version 1 stores zero points minus one and cannot hold 0; version 2 stores them as they
 are. Everything reads version 1; GPTQModel, transformers and recent vLLM read version 2 as well.
+Experts of a mixture are stored one by one; no loader was tried on those here.
 """
 
 from __future__ import annotations
