@@ -34,12 +34,14 @@ class Spqr(CalibratedSolver):
     their largest, and inside each its columns likewise, which leaves no trace.
 
     Attributes:
-        damp: fraction of the mean of ``diag(H)`` added to it; the authors' own recipe is 1.
+        damp: fraction of the mean of ``diag(H)`` added to it. The authors' own recipe is 1, which hardly lets
+            errors be answered: on SmolLM2 with 16 windows of text it has 1.2 times the divergence of 0.01
+            on text of that kind, and 1.1 times elsewhere.
         sequential: whether a block's later weights see the errors of its earlier ones ("true sequential"),
             where memory allows; if not, every weight sees the inputs of the block as it was.
     """
 
-    damp: float = 1.0
+    damp: float = 0.01
     sequential: bool = True
 
     needs: ClassVar[str] = "gram"
