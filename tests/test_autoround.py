@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bitmill import mill
+from bitmill.calibrate.moments import load_moments
 from bitmill.core import registry
 from bitmill.core.axes import ScalarGrid
 from bitmill.core.errors import Interrupted, Refused
@@ -157,6 +158,17 @@ def test_experts_learn_too(family: str, tmp_path: Path) -> None:
     gains = [note.value for note in report.notes if note.kind == "learned"]
     assert len(gains) == 3 and all(gain is not None and gain <= 1 for gain in gains)
     assert set(open_source(str(tmp_path / "out")).tensors) >= set(report.tensors)
+
+
+def test_kept_moments_are_of_the_model_before_a_fold(model: Path, tmp_path: Path) -> None:
+    """The first block's inputs are the same whatever is done to it, until its norms are folded."""
+    ids, known = tokens(4, 32), {}
+    for transform in ("", "awq + "):
+        recipe = f"{transform}autoround(steps=1) : int4-g32-asym > bitmill"
+        file = tmp_path / f"moments{len(known)}"
+        mill.quantize(str(model), recipe, tmp_path / f"out{len(known)}", calib=ids, save=file)
+        known[transform] = load_moments(file)[0]["model.layers.0.self_attn.q_proj.weight"].square
+    torch.testing.assert_close(known["awq + "], known[""])
 
 
 def test_moments_do_not_teach(model: Path, tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ class Walk:
             groups = self._groups(block, rows, hidden)
             some = self._gather(block, groups, self.fitting.sample(hidden))
             if self.keep_moments:
-                self._gather(block, groups, hidden)
+                self._keep(self._gather(block, groups, hidden))
             self._fold(block, rows, tensors, some, hidden)
             block = stream.block(index, read=tensors.__getitem__)
         if self._learns is not None:
@@ -237,6 +237,7 @@ class Walk:
         before = block.forward(hidden[:1])
         groups = self._groups(block, rows, hidden)
         moments = self._gather(block, groups, hidden, self._original)
+        self._keep(moments)
         moments = self._fold(block, rows, tensors, moments, hidden)
         for group in groups:
             self._place(block, group, tensors, moments[group[0].name])
@@ -265,11 +266,11 @@ class Walk:
 
         def solve(group: Sequence[Row], moments: Moments) -> None:
             if not self.fitting.transforms:  # what is kept is of the model before any fold
-                self._kept(group, moments)
+                self._keep({row.name: moments for row in group})
             self._place(block, group, tensors, moments)
 
         groups, batch = self._groups(block, rows, hidden), max(1, STEP_TOKENS // hidden.shape[1])
-        paths = [_path(block, group) for group in groups]
+        paths = [_path(block, group[0]) for group in groups]
         twin = None
         if original is not None and self._original is not None:
             twin = Twin(original, self._original, paths, batch)
@@ -301,11 +302,13 @@ class Walk:
         before, wanted = block.forward(first), block.run(self._original, batch)
         groups = self._groups(block, rows, hidden)
         moments = self._gather(block, groups, hidden)
+        if not self.fitting.transforms:
+            self._keep(moments)
         stacks = [stack for group in groups for stack in self.placing.stacks(group)]
 
         def outputs(values: Sequence[Tensor], windows: Tensor) -> Tensor:
             weights = {
-                row.name.removeprefix(block.prefix).removesuffix(".weight"): part
+                _path(block, row): part
                 for stack, value in zip(stacks, values, strict=True)
                 for row, part in zip(stack, value.split([row.shape[0] for row in stack]), strict=True)
             }
@@ -341,18 +344,14 @@ class Walk:
         self, block: Block, rows: Sequence[Row], values: Mapping[str, Tensor], moments: Moments
     ) -> None:
         for row in rows:
-            path = row.name.removeprefix(block.prefix)
-            block.assign(path, values[row.name])
+            block.assign(row.name.removeprefix(block.prefix), values[row.name])
             if row.inputs is not None:
-                block.inputs[path.removesuffix(".weight")] = Inputs(
-                    row.inputs, fixed_by(row, moments, self.plan.dtype)
-                )
+                fixed = fixed_by(row, moments, self.plan.dtype)
+                block.inputs[_path(block, row)] = Inputs(row.inputs, fixed)
 
     def _groups(self, block: Block, rows: Sequence[Row], hidden: Tensor) -> list[list[Row]]:
         """Solved rows grouped by the input they share, in the order the block runs them."""
-        by_path = {
-            row.name.removeprefix(block.prefix).removesuffix(".weight"): row for row in rows if row.solved
-        }
+        by_path = {_path(block, row): row for row in rows if row.solved}
         groups = [[by_path[p] for p in paths if p in by_path] for paths in block.shared_inputs(hidden[:1])]
         seen = {row.name for group in groups for row in group}
         lost = [row.name for row in by_path.values() if row.name not in seen]
@@ -370,10 +369,9 @@ class Walk:
         extremes = not gram or fixed or self.keep_moments or bool(self.fitting.transforms)
         return MomentSum(group[0].shape[1], gram, hidden.device, signed, cross, extremes)
 
-    def _kept(self, group: Sequence[Row], moments: Moments) -> Moments:
+    def _keep(self, moments: Mapping[str, Moments]) -> None:
         if self.keep_moments:
-            self.kept_moments.update({row.name: moments for row in group})
-        return moments
+            self.kept_moments.update(moments)
 
     def _gather(
         self,
@@ -389,7 +387,7 @@ class Walk:
         hooks = {}
         for group in groups:
             total = sums[group[0].name] = self._sum(group, hidden, original is not None)
-            path, name = _path(block, group), group[0].name
+            path, name = _path(block, group[0]), group[0].name
             hooks[path] = lambda x, add=total.add, path=path, name=name: add(x, name, seen.get(path))
         keep = {path: partial(seen.__setitem__, path) for path in hooks}
         for a in range(0, hidden.shape[0], batch):
@@ -400,7 +398,7 @@ class Walk:
         return {
             row.name: moments
             for group in groups
-            for moments in [self._kept(group, sums[group[0].name].moments())]
+            for moments in [sums[group[0].name].moments()]
             for row in group
         }
 
@@ -484,5 +482,5 @@ class Walk:
         return text if out is None else f"{text}, output by {100 * out:.2f} %"
 
 
-def _path(block: Block, group: Sequence[Row]) -> str:
-    return group[0].name.removeprefix(block.prefix).removesuffix(".weight")
+def _path(block: Block, row: Row) -> str:
+    return row.name.removeprefix(block.prefix).removesuffix(".weight")
