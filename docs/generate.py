@@ -26,6 +26,7 @@ from bitmill.cli.doctor import doctor
 from bitmill.cli.imatrix import imatrix
 from bitmill.cli.inspect import inspect as inspect_file
 from bitmill.cli.measure import measure
+from bitmill.cli.names import names
 from bitmill.cli.plan import plan
 from bitmill.cli.quantize import quantize
 from bitmill.cli.recipes import SENTENCE, recipes
@@ -57,7 +58,7 @@ grid = "Q4_K_M"
 'ffn_(gate|up)' = "q5_k"
 ```"""
 VERBS: tuple[Callable[..., None], ...] = (
-    quantize, measure, convert, plan, budget, inspect_file, imatrix, recipes, doctor,
+    quantize, measure, convert, plan, budget, inspect_file, imatrix, names, recipes, doctor,
 )  # fmt: skip
 AXES = {
     "transforms": "A change of basis that makes weights easier to store. It is folded into the model, so "

@@ -11,7 +11,18 @@ from bitmill.cli.main import main
 from bitmill.core.errors import Interrupted
 from tests.cli.command import Command
 
-VERBS = ("quantize", "measure", "convert", "plan", "budget", "inspect", "imatrix", "recipes", "doctor")
+VERBS = (
+    "quantize",
+    "measure",
+    "convert",
+    "plan",
+    "budget",
+    "inspect",
+    "imatrix",
+    "names",
+    "recipes",
+    "doctor",
+)
 
 
 def test_help_names_every_verb_and_the_exit_codes(command: Command) -> None:

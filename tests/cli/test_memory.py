@@ -77,3 +77,31 @@ def test_refusals(command: Command, tiny_llama: Path) -> None:
         assert said.code == 2 and "try:" in said.err and not said.out
     assert command("plan", "smollm2", "--context", "0").code == 2
     assert command("plan", tiny_llama / "config.json", "--context", "8").code == 2
+
+
+def test_how_fast_and_where_the_cliff_is(command: Command, tmp_path: Path) -> None:
+    words = ("plan", "smollm2", "--context", "8192", "--machine")
+    said = command(*words, "rtx4090 + 64GB ddr5")
+    assert "all 30 layers on the card" in said.out and "tokens/s" in said.out and "modelled" in said.out
+    assert "the cliff:" in said.out and "one beside it" in said.out
+    drawn = tmp_path / "cliff.svg"
+    found = command(*words, "vram=700MB + 8GB ddr4", "--plot", drawn, "--json").json["memory"]
+    assert 0 < found["speed"]["layers_that_fit"] < 30 and found["machine"]["vram_bytes"] == 700 * 10**6
+    assert f"room for {found['speed']['layers_that_fit']}" in drawn.read_text("utf-8")
+    assert all(split["evidence"] == "modelled" for split in found["speed"]["splits"])
+    partly = command(*words, "vram=700MB + 8GB ddr4").out
+    assert f"{found['speed']['layers_that_fit']} of 30 layers on the card" in partly
+
+
+def test_one_memory_and_no_cliff(command: Command, tmp_path: Path) -> None:
+    said = command("plan", "smollm2", "--machine", "m2max 64GB")
+    assert "fits into unified memory" in said.out and "cliff" not in said.out
+    refused = command("plan", "smollm2", "--machine", "8GB", "--plot", tmp_path / "x.svg")
+    assert refused.code == 2 and "no cliff to draw" in refused.err and not list(tmp_path.iterdir())
+    away = command("plan", "smollm2", "--machine", "rtx4090,8GB", "--plot", tmp_path / "no" / "x.svg")
+    assert away.code == 2 and "cannot write" in away.err
+
+
+def test_a_machine_nobody_knows(command: Command) -> None:
+    said = command("plan", "smollm2", "--machine", "rtx4091 + 64GB")
+    assert said.code == 2 and "rtx4090" in said.err and not said.out

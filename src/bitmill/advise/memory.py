@@ -57,7 +57,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Memory:
-    """Everything that running a model takes in one place, ``vram`` or ``ram``."""
+    """Everything that running a model takes in one place: ``vram``, ``ram`` or ``unified`` memory."""
 
     place: str
     parts: tuple[Part, ...]
@@ -106,8 +106,8 @@ def memory(model: Model, wanted: Wanted, place: str = "ram") -> Memory:
     asked = (wanted.context, wanted.parallel, wanted.types, wanted.full_windows)
     cache = sum(runtime.cache_bytes(block, *asked) for block in shape.blocks)
     state = sum(runtime.state_bytes(block, wanted.parallel) for block in shape.blocks)
-    card = place == "vram"
-    weights = model.weights.bytes_ - (model.weights.stays_bytes if card and runtime.exact else 0)
+    card = place != "ram"
+    weights = model.weights.bytes_ - (model.weights.stays_bytes if place == "vram" and runtime.exact else 0)
     sure = "exact" if runtime.exact else "modelled"
     parts = [
         Part("weights", weights, "exact" if runtime.exact else "stored"),

@@ -33,6 +33,8 @@ class Runtime:
         spare: whether a window's cache holds a step beside the window.
         latent: whether an MLA block keeps its latent, and not the keys and values made from it.
         exact: whether the sizes of caches are this program's own, to the byte.
+        spills: what becomes of blocks that find no room on a card: the processor ``computes`` them, their
+            weights ``stream`` over the bus for every token, or nothing of the kind (empty).
     """
 
     name: str
@@ -47,6 +49,7 @@ class Runtime:
     spare: bool = False
     latent: bool = True
     exact: bool = False
+    spills: str = ""
 
     def cells(self, context: int, window: int | None, full: bool = False) -> int:
         """Tokens a sequence that one block has room for.
@@ -102,6 +105,7 @@ _ALL = (
         every_logit=True,
         spare=True,
         exact=True,
+        spills="computes",
         ram_bytes=64 << 20,
         vram_bytes=512 << 20,
         source="modelled: in main memory the process beside its buffers, on a card a CUDA context",
@@ -110,6 +114,7 @@ _ALL = (
         "transformers",
         ("bf16", "f16", "f32", *_INTEGERS),
         latent=False,
+        spills="streams",
         ram_bytes=450 << 20,
         vram_bytes=700 << 20,
         source="modelled: in main memory Python with torch loaded, on a card a context and libraries",
@@ -119,6 +124,7 @@ _ALL = (
         ("bf16", "f16", "fp8", "nvfp4", "int8", "int4"),
         page=16,
         step=8192,
+        spills="streams",
         ram_bytes=2 << 30,
         vram_bytes=2 << 30,
         source="modelled: CUDA graphs, workspaces and a profiled step",

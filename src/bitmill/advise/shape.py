@@ -36,6 +36,7 @@ class Shape:
         queries: numbers a token of all query heads together.
         vocabulary: logits a token.
         trained: the context it was trained for; 0 when nothing says.
+        experts, used: experts of a block, and how many of them see a token; 0 without any.
     """
 
     name: str
@@ -45,6 +46,14 @@ class Shape:
     queries: int
     vocabulary: int
     trained: int = 0
+    experts: int = 0
+    used: int = 0
+
+    @property
+    def numbers(self) -> int:
+        """Weights of the blocks that one token is multiplied with, by the widths: about a tenth off."""
+        inside = sum(2 * self.queries + block.keys + block.values for block in self.blocks)
+        return self.hidden * (inside + 3 * self.middle * len(self.blocks))
 
     @property
     def token_numbers(self) -> int:

@@ -84,6 +84,8 @@ def config_shape(config: Mapping[str, Any], latent: bool = True) -> Shape:
         queries=heads * (nope or c.whole("head_dim", default=hidden // max(heads, 1))),
         vocabulary=c.whole("vocab_size"),
         trained=c.whole("max_position_embeddings", "n_positions", default=0),
+        experts=c.whole("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", default=0),
+        used=used,
     )
 
 

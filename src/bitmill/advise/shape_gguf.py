@@ -179,6 +179,8 @@ def gguf_shape(metadata: Mapping[str, Any], where: str, vocabulary: int | None =
         queries=queries,
         vocabulary=known or keys.whole("vocab_size", vocabulary or 0),
         trained=keys.whole("context_length", 0),
+        experts=keys.whole("expert_count", 0),
+        used=max(keys.each("expert_used_count", blocks, [0])),
     )
 
 

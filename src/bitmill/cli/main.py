@@ -18,6 +18,7 @@ from bitmill.cli.doctor import doctor
 from bitmill.cli.imatrix import imatrix
 from bitmill.cli.inspect import inspect as inspect_file
 from bitmill.cli.measure import measure
+from bitmill.cli.names import names
 from bitmill.cli.plan import plan
 from bitmill.cli.quantize import quantize
 from bitmill.cli.recipes import recipes
@@ -77,6 +78,7 @@ _add(plan)
 _add(inspect_file)
 _add(budget)
 _add(imatrix)
+_add(names)
 _add(recipes, alone=True)
 _add(doctor, alone=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,11 +12,14 @@ import typer
 from bitmill.cli import say
 
 if TYPE_CHECKING:
+    from bitmill.advise.cliff import Cliff
+    from bitmill.advise.machine import Machine
     from bitmill.advise.memory import Fit, Model, Wanted
     from bitmill.core.axes import Checkpoint
     from bitmill.planning import Plan
 
 USUAL_CONTEXT = 8192
+PLACES = {"vram": "VRAM", "ram": "RAM", "unified": "unified memory"}
 
 Context = Annotated[
     int | None,
@@ -43,8 +47,9 @@ Kv = Annotated[
 MachineText = Annotated[
     str | None,
     typer.Option(
-        "--machine", metavar="SIZES",
-        help="The memory there is: 16GB, vram=24GB or ram=64GB,vram=24GB. [default: what is free here]",
+        "--machine", metavar="WORDS",
+        help="What there is: 16GB, vram=24GB, 'rtx4090 + 64GB ddr5', '2x rtx3090', 'm2max 64GB', '8 cores'. "
+        "[default: what is free here]",
         show_default=False,
     ),
 ]  # fmt: skip
@@ -54,6 +59,13 @@ RuntimeName = Annotated[
         "--runtime", metavar="NAME",
         help="What runs it: llama.cpp, transformers, vllm or mlx. [default: the container's usual one]",
         show_default=False,
+    ),
+]  # fmt: skip
+Plot = Annotated[
+    Path | None,
+    typer.Option(
+        "--plot", metavar="FILE.svg",
+        help="Draw tokens a second against layers on the card, as modelled.", show_default=False,
     ),
 ]  # fmt: skip
 
@@ -67,6 +79,7 @@ class Asked:
     kv: str | None = None
     machine: str | None = None
     runtime: str | None = None
+    plot: Path | None = None
 
     @property
     def anything(self) -> bool:
@@ -83,13 +96,14 @@ def answer(
 ) -> Answer:
     """What a command line asks about memory; of the plan if there is one, else of the model as it is."""
     from bitmill.advise.cache_types import cache_type, cache_types
+    from bitmill.advise.cliff import cliff
     from bitmill.advise.machine import machine
     from bitmill.advise.memory import Wanted, fit
     from bitmill.advise.models import as_it_is, planned
     from bitmill.source import locate
 
     there = machine(asked.machine)
-    card = bool(there.vram_bytes)
+    card = bool(there.cards)
     if made is not None and source is not None:
         model = planned(made, source, asked.runtime, card)
     else:
@@ -99,7 +113,10 @@ def answer(
     wanted = Wanted(context, asked.parallel or 1, types)
     smaller = [cache_type(name) for name in ("q8_0", "q4_0", "fp8", "int8", "int4")]
     usable = [kind for kind in smaller if kind.name in model.runtime.types and _goes(kind, model)]
-    return Answer(wanted, model, fit(model, wanted, there, usable))
+    found = Answer(wanted, model, fit(model, wanted, there, usable), there, cliff(model, wanted, there))
+    if asked.plot is not None:
+        draw(found, asked.plot)
+    return found
 
 
 def _goes(kind: Any, model: Model) -> bool:
@@ -109,17 +126,20 @@ def _goes(kind: Any, model: Model) -> bool:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was asked, of which model, and how it fits."""
+    """What was asked, of which model, how it fits, and how fast it would be."""
 
     wanted: Wanted
     model: Model
     fits: tuple[Fit, ...]
+    machine: Machine
+    cliff: Cliff
 
     def to_json(self) -> Mapping[str, Any]:
         """As plain values."""
         from bitmill.advise.memory import to_json
 
-        return to_json(self.wanted, self.model, self.fits)
+        plain = to_json(self.wanted, self.model, self.fits)
+        return {**plain, "machine": self.machine.to_json(), "speed": self.cliff.to_json()}
 
     def show(self) -> None:
         """For a reader: a table a place, then the verdict."""
@@ -131,7 +151,7 @@ class Answer:
         if model.shape.trained and wanted.context > model.shape.trained:
             say.result(f"the model was trained for a context of {model.shape.trained:,}")
         say.result()
-        places = [f.memory.place.upper() for f in self.fits]
+        places = [PLACES[f.memory.place] for f in self.fits]
         lines = [
             [parts[0].name, *(say.size(p.bytes_) for p in parts), parts[0].evidence]
             for parts in zip(*(f.memory.parts for f in self.fits), strict=True)
@@ -142,6 +162,9 @@ class Answer:
         say.result()
         for found in self.fits:
             say.result(verdict(found, model.shape.trained))
+        say.result()
+        for line in speed(self):
+            say.result(line)
 
 
 def verdict(found: Fit, trained: int) -> str:
@@ -152,4 +175,52 @@ def verdict(found: Fit, trained: int) -> str:
     if found.context and found.context >= trained - trained % 256:
         most = f"all of the {trained:,} tokens it was trained for fit"
     others = "; ".join(f"--kv {name}: {context:,}" for name, context in found.others)
-    return f"{place} {found.memory.place.upper()}: {by}; {most}{f' ({others})' if others else ''}"
+    return f"{place} {PLACES[found.memory.place]}: {by}; {most}{f' ({others})' if others else ''}"
+
+
+def speed(found: Answer) -> list[str]:
+    """What the model of the cliff says, in a few lines."""
+    from bitmill.advise.cliff import shown
+
+    cliff, context = found.cliff, found.wanted.context
+    many = f", each of {found.wanted.parallel}" if found.wanted.parallel > 1 else ""
+    full = f"with the {context:,} tokens of context in use (modelled)"
+    last, best = cliff.splits[-1], cliff.best
+    if best is None:
+        return [f"with room for it: {shown(last.decode, ' tokens/s')}{many} {full}"]
+    where = ""
+    if not found.machine.unified and found.machine.vram_bytes:
+        where = f"{'all' if best.whole else f'{best.layers} of'} {best.of} layers on the card: "
+        where = f"experts of {best.of - best.layers} layers beside the card: " if best.experts_off else where
+    lines = [f"{where}{shown(best.decode, ' tokens/s')}{many} {full}"]
+    if best.prefill is not None:
+        lines.append(f"first token of so long a prompt after {shown(best.prefill, ' s')} (modelled)")
+    if len(cliff.splits) > 1:
+        one_off = cliff.splits[-2]
+        lines.append(
+            f"the cliff: {shown(last.decode)} with all {last.of} layers there, {shown(one_off.decode)} "
+            f"with one beside it, {shown(cliff.splits[0].decode)} with none"
+        )
+    if found.machine.vram_bytes and not found.machine.cards[0].bandwidth:
+        lines.append("the card's speed is not known: name it (rtx4090) for better numbers")
+    return lines
+
+
+def draw(found: Answer, path: Path) -> None:
+    """Write the plot of tokens a second against layers on the card.
+
+    Raises:
+        Refused: there is one split alone, or the file cannot be written.
+    """
+    from bitmill.core.errors import Refused
+    from bitmill.measurement.cliff import cliff_svg
+
+    if len(found.cliff.splits) < 2:
+        raise Refused(
+            "there is no cliff to draw: the model is in one memory, or its runtime does not part it",
+            fix="name a card and main memory: --machine 'rtx4090 + 64GB ddr5'",
+        )
+    try:
+        path.write_text(cliff_svg(found.to_json()), encoding="utf-8")
+    except OSError as error:
+        raise Refused(f"cannot write {str(path)!r}: {error.strerror}", fix="choose another --plot") from error

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bitmill.cli import say
-from bitmill.cli.memory import Asked, Context, Kv, MachineText, Parallel, RuntimeName, answer
+from bitmill.cli.memory import Asked, Context, Kv, MachineText, Parallel, Plot, RuntimeName, answer
 from bitmill.cli.options import (
     Bits,
     EmbeddingType,
@@ -67,6 +67,7 @@ def plan(
     kv: Kv = None,
     machine: MachineText = None,
     runtime: RuntimeName = None,
+    plot: Plot = None,
     rows: Annotated[
         bool, typer.Option("--rows", help="A line for every tensor, not for every kind.")
     ] = False,
@@ -75,18 +76,18 @@ def plan(
     """Say what a recipe would do, before any weight is read, and what memory running the model takes.
 
     Every tensor's grid and why, the size exact to the byte, memory and time as modelled. What cannot work is
-    refused here, with what would. With --context, --kv, --machine …: whether the result fits, and which
-    context would. Without a recipe: the model as it is.
+    refused here, with what would. With --context, --kv, --machine …: whether the result fits, which context
+    would, and how fast it would run. Without a recipe: the model as it is.
 
         bitmill plan smollm2 Q4_K_M
         bitmill plan ./my-model "awq + gptq : int4-g128" --rows
         bitmill plan ./my-model Q4_K_M --context 32768 --kv q8_0 --machine vram=8GB,ram=32GB
-        bitmill plan file.gguf --context 16384
+        bitmill plan file.gguf --context 16384 --machine "rtx4090 + 64GB ddr5" --plot cliff.svg
     """
     from bitmill.planning import plan as make_plan
     from bitmill.source import open_source
 
-    asked = Asked(context, parallel, kv, machine, runtime)
+    asked = Asked(context, parallel, kv, machine, runtime, plot)
     named = (out, keep, group_size, tensor_type, output_tensor_type, token_embedding_type, pre_tokenizer)
     about = (*named, pure, strict, rows, split_max_size, split_max_tensors, imatrix)
     if recipe is None and bits is None and not any(about):
