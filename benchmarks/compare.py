@@ -187,8 +187,8 @@ def signature(about: Mapping[str, Any]) -> str:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as Markdown: KLD in and out of domain first."""
     lines = [
-        "| | bpw | KLD docs | KLD other | median | q99 | ppl | same top | seconds | peak MiB | load before |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| | bpw | KLD docs | KLD other | median | q99 | ppl | same top | seconds | whole | peak MiB | load before |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         docs, other = row["scores"]["docs"], row["scores"]["other"]
@@ -202,6 +202,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{docs['perplexity']:.2f}",
             f"{docs['same_top']:.3f}",
             f"{row['seconds']:.1f}",
+            f"{row['seconds_whole']:.1f}" if "seconds_whole" in row else "",
             f"{row['peak_rss_mib']:.0f}" if "peak_rss_mib" in row else "",
             f"{row['load_before']:.1f}" if "load_before" in row else "",
         ]

@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import llama_cpp
 import numpy as np
 import torch
@@ -30,12 +31,13 @@ from ruler import WINDOW, Ruler, write_json
 from bitmill.checkpoint.imatrix import Imatrix, read_imatrix
 from bitmill.containers.gguf import MIXTURES
 
-TYPES = ("Q8_0", "Q6_K", "Q4_K_M", "Q3_K_M", "Q2_K", "IQ4_XS", "IQ3_XXS", "IQ2_M", "IQ2_XXS")
+TYPES = ("F16", "Q8_0", "Q6_K", "Q4_K_M", "Q3_K_M", "Q2_K", "IQ4_XS", "IQ3_XXS", "IQ2_M", "IQ2_XXS")
 PROMPT = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
 WORDS = 24
 NOTES = """SmolLM2-135M off its 4-bit grid, widened: rows are multiples of 256. `ours`: perplexity on the
-ruler's two texts by transformers over the weights as the `gguf` package decodes them; `there`: on the same
-tokens by llama.cpp, whose products round activations to 8 bits. `seconds`: whole command, reading the source
+ruler's two texts by transformers over the weights of the file, embedding and head among them; `there`: on the
+same tokens by llama.cpp, whose products round activations to 8 bits. `same bytes`: tensors that are the same in
+our file and in llama.cpp's own. `seconds`: whole command, reading the source
 and writing the file, {threads} threads and the same importance matrix; in parentheses llama.cpp's own
 quantizer (`llama_model_quantize`)."""
 
@@ -76,6 +78,16 @@ def theirs(source: str, target: str, kind: str, imatrix: str, threads: int) -> f
     return time.monotonic() - before
 
 
+def same_tensors(ours: Path, theirs: Path) -> list[int]:
+    """How many tensors have the same type and the same bytes in both files, and how many there are."""
+    one, other = ({t.name: t for t in gguf.GGUFReader(path).tensors} for path in (ours, theirs))
+    same = [
+        one[name].tensor_type == other[name].tensor_type and bool((one[name].data == other[name].data).all())
+        for name in one.keys() & other.keys()
+    ]
+    return [sum(same), len(one.keys() | other.keys())]
+
+
 def row(both: Bench, ruler: Ruler, kind: str, source: Path, imatrix: Path) -> dict[str, Any]:
     """One type: made by both, run by llama.cpp, scored by the ruler."""
     out = both.work / "results" / f"runtime {kind}"
@@ -84,21 +96,21 @@ def row(both: Bench, ruler: Ruler, kind: str, source: Path, imatrix: Path) -> di
         return json.loads(kept.read_text(encoding="utf-8"))
     out.mkdir(parents=True, exist_ok=True)
     target = out / "model.gguf"
-    own = ("-m", "bitmill", "quantize", str(source), kind, "-o", str(target), "--force")
+    own = ("-m", "bitmill", "quantize", str(source), kind, "-o", str(target), "--force", "--no-measure")
     other = (__file__, "--theirs", str(source), str(out / "theirs.gguf"), kind, str(imatrix))
     seconds = {
         "theirs": _timed(both, *other),
         "ours": _timed(both, *own, "--imatrix", str(imatrix)),
     }
-    weights, bpw = linears(target, ruler.model.config)
-    scores = ruler.score_linears(weights)
+    _, bpw = linears(target, ruler.model.config)
+    scores = ruler.score_file(target)
     model = llama_cpp.Llama(
         str(target), n_ctx=WINDOW, n_batch=WINDOW, n_threads=both.threads, logits_all=True, verbose=False
     )
     found = {
         "type": kind,
-        "bpw": bpw,
-        "same_bytes": target.read_bytes()[-(1 << 20) :] == (out / "theirs.gguf").read_bytes()[-(1 << 20) :],
+        "bpw_linears": bpw,
+        "same_bytes": same_tensors(target, out / "theirs.gguf"),
         "seconds": seconds,
         "ours": {text: score.perplexity for text, score in scores.items()},
         "there": {text: perplexity(model, tokens) for text, tokens in ruler.tokens.items()},
@@ -111,15 +123,16 @@ def row(both: Bench, ruler: Ruler, kind: str, source: Path, imatrix: Path) -> di
 def table(rows: Iterable[dict[str, Any]]) -> str:
     """One line a type, and what each says."""
     lines = [
-        "| | bpw | docs: ours | there | other: ours | there | seconds |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| | bpw of linears | docs: ours | there | other: ours | there | same bytes | seconds |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     said = []
     for found in rows:
-        cells = [found["type"], f"{found['bpw']:.2f}"]
+        cells = [found["type"], f"{found['bpw_linears']:.2f}"]
         for text in ("docs", "other"):
             ours, there = found["ours"][text], found["there"][text]
             cells += [f"{ours:.3f}", f"{there:.3f} ({100 * (there / ours - 1):+.2f} %)"]
+        cells.append("{} of {}".format(*found["same_bytes"]))
         cells.append(f"{found['seconds']['ours']:.1f} ({found['seconds']['theirs']:.1f})")
         lines.append(f"| {' | '.join(cells)} |")
         said.append(f"- {found['type']}: {' '.join(found['says'].split())}")

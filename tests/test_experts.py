@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 import gguf
@@ -20,6 +21,7 @@ from bitmill.checkpoint.gguf_model import GgufCheckpoint
 from bitmill.checkpoint.imatrix import Entry, Imatrix, write_imatrix
 from bitmill.checkpoint.safetensors import SafetensorsFolder
 from bitmill.core.errors import BadFile, Refused
+from bitmill.core.registry import parse_grid
 from bitmill.families.base import describe
 from bitmill.grids.integer import Integer
 from bitmill.planning import plan
@@ -78,7 +80,10 @@ def test_a_stream_runs_what_transformers_runs(family: str, tmp_path: Path) -> No
 
 
 @every_family
-@pytest.mark.parametrize("recipe", ["Q4_K_M", "MXFP4_MOE", "hadamard + nearest : q8_0 > gguf", "clip : q4_1"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["Q4_K_M", "MXFP4_MOE", "hadamard + nearest : q8_0 > gguf", "clip : q4_1", "nvfp4, embed=q8_0 > gguf"],
+)
 def test_a_recipe_from_end_to_end(family: str, recipe: str, tmp_path: Path) -> None:
     source = open_source(str(make_model(tmp_path / "model", family, **WIDE)))
     mill.quantize(source, recipe, tmp_path / "out.gguf")
@@ -96,13 +101,37 @@ def test_a_recipe_from_end_to_end(family: str, recipe: str, tmp_path: Path) -> N
 
 
 @every_family
+def test_every_expert_has_its_own_scale_beside_nvfp4(family: str, tmp_path: Path) -> None:
+    """One vector a stack, as llama.cpp multiplies by it; read back with the bytes, and checked."""
+    source = open_source(str(make_model(tmp_path / "model", family, **WIDE)))
+    mill.quantize(source, "nearest : nvfp4, embed=q8_0 > gguf", tmp_path / "out.gguf")
+    back = GgufCheckpoint(tmp_path / "out.gguf")
+    template = next(path for path, role in describe(source.config).names.items() if role == "down")
+    count = source.config.get("num_local_experts") or source.config["num_experts"]
+    names = [f"model.layers.1.{template.format(e)}.weight" for e in range(count)]
+    scales = back.file.dense("blk.1.ffn_down_exps.scale")
+    assert scales.shape == (count,)
+    for scale, name in zip(scales, names, strict=True):
+        expected = parse_grid("nvfp4").round(source.read(name).float())
+        stored = back.stored(name)
+        assert stored is not None
+        assert torch.equal(stored.codes, expected.codes)
+        assert torch.equal(stored.params["gain"], 1 / scale)
+        assert torch.allclose(stored.params["gain"], expected.params["gain"], rtol=1e-6)
+    place, good = back.file.tensors["blk.1.ffn_down_exps.scale"].offset, (tmp_path / "out.gguf").read_bytes()
+    (tmp_path / "out.gguf").write_bytes(good[:place] + struct.pack("<f", -1.0) + good[place + 4 :])
+    damaged = GgufCheckpoint(tmp_path / "out.gguf")
+    damaged.read(names[1])
+    with pytest.raises(BadFile, match="positive"):
+        damaged.read(names[0])
+
+
+@every_family
 def test_what_calibration_cannot_do_is_refused_before_it_starts(family: str, tmp_path: Path) -> None:
     source = open_source(str(make_model(tmp_path / "model", family, **WIDE)))
     with pytest.raises(Refused, match="other tokens") as caught:
         plan(parse("gptq(asymmetric=0.25) : q4_0 > gguf"), source)
     assert ".experts.0." in str(caught.value.where)
-    with pytest.raises(Refused, match="nvfp4-flat"):
-        plan(parse("nvfp4 > gguf"), source)
     assert plan(parse("gptq : q4_0 > gguf"), source).needs == "gram"
 
 

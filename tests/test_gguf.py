@@ -422,5 +422,5 @@ def test_the_scale_beside_nvfp4(tmp_path: Path) -> None:
     assert good[place : place + 4] == (1 / gain).numpy().tobytes()
     for bad in (0.0, -1.0, float("nan"), float("inf"), 1e-45):
         out.path.write_bytes(good[:place] + struct.pack("<f", bad) + good[place + 4 :])
-        with pytest.raises(BadFile, match="one positive number"):
+        with pytest.raises(BadFile, match="positive numbers"):
             GgufCheckpoint(out.path).read("model.layers.0.mlp.up_proj.weight")

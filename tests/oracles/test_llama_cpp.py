@@ -128,9 +128,10 @@ def test_every_block_type(matrices: str, tmp_path: Path) -> None:
     assert float((ours - other).norm() / ours.norm()) < 0.08
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mixtral", "qwen3moe"])
 def test_the_scale_beside_nvfp4(family: str, tmp_path: Path) -> None:
-    """llama.cpp multiplies by it wherever we write one; in Qwen2's MLP it would not, and we refuse."""
+    """llama.cpp multiplies by it wherever we write one, by each expert's own too; in Qwen2's MLP it would
+    not, and we refuse."""
     sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
     source = SafetensorsFolder(make_model(tmp_path / "model", family, tied=False, **sizes))
     grid, plain = parse_grid("nvfp4"), parse_grid("f16")

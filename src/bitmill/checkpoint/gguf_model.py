@@ -175,15 +175,21 @@ class GgufCheckpoint(Checkpoint):
         return self._record(name).type.name.lower()
 
     def _gain(self, record: GgufTensor) -> Tensor | None:
-        """What an NVFP4 tensor was multiplied with before its blocks were scaled, if the file says so."""
+        """What an NVFP4 tensor was multiplied with before its blocks were scaled, if the file says so; of a
+        stack, the part of the expert that ``record`` is."""
         name = scale_of(record.name)
         if not _is_nvfp4(record) or name not in self.file.tensors:
             return None
-        scale = self.file.tensors[name]
-        gain = 1 / self.file.dense(name).to(torch.float32) if prod(scale.shape) == 1 else torch.zeros(1)
-        if not (bool(gain.isfinite().all()) and float(gain) > 0):
-            raise BadFile(f"tensor {name!r} is not one positive number", where=str(self.path))
-        return gain.reshape(())
+        whole = self.file.tensors[record.name]
+        parts = whole.bytes_ // record.bytes_
+        found = prod(self.file.tensors[name].shape)
+        if found != parts:
+            raise BadFile(f"tensor {name!r} holds {found} numbers, not {parts}", where=str(self.path))
+        scale = self.file.dense(name).to(torch.float32).reshape(-1)
+        gain = 1 / scale[(record.offset - whole.offset) // record.bytes_]
+        if not (bool(gain.isfinite()) and float(gain) > 0):
+            raise BadFile(f"tensor {name!r} is not of positive numbers", where=str(self.path))
+        return gain
 
     def _record(self, name: str) -> GgufTensor:
         if name not in self._records:

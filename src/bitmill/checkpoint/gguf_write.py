@@ -25,12 +25,14 @@ class Planned:
         shape: outermost first.
         type: ggml's type number.
         bytes_: stored size without padding.
+        stacked: how many experts' parts follow one another in it; 0 where it is whole.
     """
 
     name: str
     shape: tuple[int, ...]
     type: int
     bytes_: int
+    stacked: int = 0
 
 
 def encoded(value: Any) -> bytes:

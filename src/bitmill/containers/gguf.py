@@ -27,7 +27,7 @@ from bitmill.checkpoint.tokenizer import gguf_keys
 from bitmill.core.axes import Checkpoint, Container, Grid
 from bitmill.core.errors import Refused
 from bitmill.core.types import FileImage, Quantized, Row, Slot, Split
-from bitmill.families.base import head_dim, is_expert, traits
+from bitmill.families.base import head_dim, traits
 from bitmill.numerics import blocks
 
 _VECTOR_ROLES = frozenset(
@@ -95,12 +95,12 @@ MIXTURES: Mapping[str, int] = MappingProxyType(
     }
 )
 """Numbers of llama.cpp's mixtures; a row's reason begins with the mixture's name."""
-_SCALED_MLP = frozenset({"llama", "qwen3"})
-"""Architectures in which llama.cpp multiplies an MLP's products by the scales beside its weights."""
+_SCALED_MLP = frozenset({"llama", "qwen3", "qwen3moe"})
+"""Architectures in which llama.cpp multiplies an MLP's products, or its experts', by the scales beside its
+weights."""
 _NOT_COPIED = ("split.", "quantize.", "bitmill.")
 """Prefixes of keys that describe the source file, not the model."""
 _QUANTIZATION_VERSION = 2
-_STACKED = 3  # dimensions of a stack of experts
 
 
 @final
@@ -191,7 +191,7 @@ class Gguf(Container):
         packed = {name: blocks.pack(blocks.type_of(str(row.grid)), codes, quantized.params).tobytes()}
         if "gain" in quantized.params:
             gain = quantized.params["gain"].to("cpu", torch.float32)
-            packed[scale_of(name)] = (1 / gain).numpy().tobytes()
+            packed[_scale_slot(name)] = (1 / gain).numpy().tobytes()
         return packed
 
 
@@ -213,6 +213,12 @@ def _slot_name(name: str, arch: Architecture) -> str | None:
     """What a tensor is called in the file; with its number behind, when it is one expert of a stack."""
     stored, expert = arch.gguf_name(name), arch.expert(name)
     return stored if expert is None else f"{stored}[{expert}]"
+
+
+def _scale_slot(slot: str) -> str:
+    """Where the scale beside a tensor, or beside one expert of a stack, goes."""
+    name, bracket, number = slot.partition("[")
+    return scale_of(name) + bracket + number
 
 
 def _stacked(planned: Sequence[Planned], source: Checkpoint) -> list[Planned]:
@@ -237,16 +243,16 @@ def _stacked(planned: Sequence[Planned], source: Checkpoint) -> list[Planned]:
                 where=name,
             )
         ((kind, shape),) = kinds
-        joined[name] = Planned(name, (experts, *shape), kind, experts * found[0].bytes_)
+        joined[name] = Planned(name, (experts, *shape), kind, experts * found[0].bytes_, experts)
     return list(joined.values())
 
 
 def _slots(planned: Planned, offset: int) -> list[Slot]:
     """Where a tensor goes, or each expert of a stack."""
-    if len(planned.shape) != _STACKED:
+    if not planned.stacked:
         return [Slot(planned.name, offset, planned.bytes_)]
-    size = planned.bytes_ // planned.shape[0]
-    return [Slot(f"{planned.name}[{e}]", offset + e * size, size) for e in range(planned.shape[0])]
+    size = planned.bytes_ // planned.stacked
+    return [Slot(f"{planned.name}[{e}]", offset + e * size, size) for e in range(planned.stacked)]
 
 
 def _planned(row: Row, arch: Architecture) -> tuple[Planned, ...]:
@@ -259,7 +265,8 @@ def _planned(row: Row, arch: Architecture) -> tuple[Planned, ...]:
     planned = Planned(name, tuple(row.shape), kind.id, prod(row.shape[:-1]) * kind.row_bytes(columns))
     if str(row.grid) != "nvfp4":
         return (planned,)
-    return planned, Planned(scale_of(name), (1,), blocks.TYPES["f32"].id, 4)
+    one = () if name.endswith("]") else (1,)  # those of a stack's experts are one vector
+    return planned, Planned(_scale_slot(name), one, blocks.TYPES["f32"].id, 4)
 
 
 def _check_complete(rows: Sequence[Row], source: Checkpoint) -> None:
@@ -276,12 +283,6 @@ def _check_scaled(rows: Sequence[Row], arch: Architecture) -> None:
     """Refuse scales beside tensors that llama.cpp loads and then forgets."""
     for row in rows:
         scaled = str(row.grid) == "nvfp4" and row.role in ("gate", "up", "down")
-        if scaled and is_expert(row.name):
-            raise Refused(
-                "experts cannot have the scale that nvfp4 has beside a weight yet",
-                where=row.name,
-                fix="nvfp4-flat, which has none, or mxfp4",
-            )
         if scaled and arch.name not in _SCALED_MLP:
             raise Refused(
                 f"llama.cpp's {arch.name} does not apply the scale that nvfp4 has beside an MLP's weight",
