@@ -199,11 +199,21 @@ def _unpack_q8_0(raw: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     return raw[..., 2:].view(np.int8), {"d": unhalf(raw[..., :2])}
 
 
+def _woven(runs: np.ndarray, width: int) -> np.ndarray:
+    """Bytes ``… 32`` of codes ``… k 32``: run ``j`` gives its lowest ``width`` bits to bits ``j·width`` and up.
+
+    Eight bytes go as one word: what is shifted stays inside its byte, because ``k·width`` is 8 at most.
+    """
+    words, low = np.ascontiguousarray(runs).view(np.uint64), np.uint64(0x0101010101010101 * (2**width - 1))
+    packed = words[..., 0, :] & low
+    for j in range(1, words.shape[-2]):
+        packed |= (words[..., j, :] & low) << np.uint64(j * width)
+    return packed.view(np.uint8)
+
+
 def _pairs_of_bits(q: np.ndarray) -> np.ndarray:
     """Blocks of 256: byte ``l`` of a half holds two bits of elements ``l, l + 32, l + 64, l + 96``."""
-    runs = q.reshape(*q.shape[:2], 2, 4, 32) & 3
-    packed = runs[..., 0, :] | runs[..., 1, :] << 2 | runs[..., 2, :] << 4 | runs[..., 3, :] << 6
-    return packed.reshape(*q.shape[:2], 64)
+    return _woven(q.reshape(*q.shape[:2], 2, 4, 32), 2).reshape(*q.shape[:2], 64)
 
 
 def _unpairs_of_bits(raw: np.ndarray) -> np.ndarray:
@@ -213,8 +223,7 @@ def _unpairs_of_bits(raw: np.ndarray) -> np.ndarray:
 
 def _plane(bits: np.ndarray) -> np.ndarray:
     """Blocks of 256 single bits: bit ``b`` of byte ``l`` belongs to element ``l + 32 b``."""
-    runs = bits.reshape(*bits.shape[:2], 8, 32)
-    return np.packbits(runs, axis=2, bitorder="little")[:, :, 0]
+    return _woven(bits.reshape(*bits.shape[:2], 8, 32), 1)
 
 
 def _unplane(raw: np.ndarray) -> np.ndarray:
@@ -268,8 +277,7 @@ def _head_of_k(raw: np.ndarray) -> dict[str, np.ndarray]:
 
 def _nibbles_of_64(q: np.ndarray) -> np.ndarray:
     """Blocks of 256: each 64 elements are 32 bytes, element ``l`` low and element ``l + 32`` high."""
-    pairs = q.reshape(*q.shape[:2], 4, 2, 32) & 15
-    return (pairs[..., 0, :] | pairs[..., 1, :] << 4).reshape(*q.shape[:2], 128)
+    return _woven(q.reshape(*q.shape[:2], 4, 2, 32), 4).reshape(*q.shape[:2], 128)
 
 
 def _unnibbles_of_64(raw: np.ndarray) -> np.ndarray:
