@@ -10,9 +10,8 @@ from compare import arguments, bench
 
 NOTES = """The same 64 windows of 512 tokens of Python's manual, group 64, asymmetric, one after the other.
 `seconds` is the peer's `oneshot` call alone, and all of `bitmill.quantize` with reading the model and writing
-the file. `whole`: each side's process from
-its first line to its last. KLD in nats against the original: `docs` is the calibration's kind of text, `other` is not.
-The peer runs {batch} window(s) a batch."""
+the file; `whole` are the two processes from first line to last. KLD in nats against the original: `docs` is
+the calibration's kind of text, `other` is not. The peer runs {batch} window(s) a batch."""
 
 
 def main() -> None:

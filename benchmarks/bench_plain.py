@@ -13,8 +13,8 @@ PEERS = {
 }
 NOTES = """Both sides without calibration; scales of both in the type the container gives them from a float32
 model. The peer's seconds are its quantizing calls, in memory; Bitmill's are all of `bitmill.quantize` with
-reading the model and writing the folder; `whole` are the two
-processes from first line to last. KLD in nats against the original on two kinds of text."""
+reading the model and writing the folder; `whole` are the two processes from first line to last. KLD in nats
+against the original on two kinds of text."""
 
 
 def main() -> None:

@@ -186,10 +186,9 @@ def signature(about: Mapping[str, Any]) -> str:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as Markdown: KLD in and out of domain first."""
-    lines = [
-        "| | bpw | KLD docs | KLD other | median | q99 | ppl | same top | seconds | whole | peak MiB | load before |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    columns = ["bpw", "KLD docs", "KLD other", "median", "q99", "ppl", "same top", "seconds", "whole"]
+    columns += ["peak MiB", "load before"]
+    lines = [f"| | {' | '.join(columns)} |", "|---" + len(columns) * "|--:" + "|"]
     for row in rows:
         docs, other = row["scores"]["docs"], row["scores"]["other"]
         cells = [

@@ -35,11 +35,11 @@ TYPES = ("F16", "Q8_0", "Q6_K", "Q4_K_M", "Q3_K_M", "Q2_K", "IQ4_XS", "IQ3_XXS",
 PROMPT = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
 WORDS = 24
 NOTES = """SmolLM2-135M off its 4-bit grid, widened: rows are multiples of 256. `ours`: perplexity on the
-ruler's two texts by transformers over the weights of the file, embedding and head among them; `there`: on the
-same tokens by llama.cpp, whose products round activations to 8 bits. `same bytes`: tensors that are the same in
-our file and in llama.cpp's own. `seconds`: whole command, reading the source
-and writing the file, {threads} threads and the same importance matrix; in parentheses llama.cpp's own
-quantizer (`llama_model_quantize`)."""
+ruler's two texts by transformers over the weights of the file, embedding and head among them; `there`: on
+the same tokens by llama.cpp, whose products round activations to 8 bits. `same bytes`: tensors that are the
+same in our file and in llama.cpp's own. `seconds`: whole command, reading the source and writing the file,
+{threads} threads and the same importance matrix; in parentheses llama.cpp's own quantizer
+(`llama_model_quantize`)."""
 
 
 def perplexity(model: llama_cpp.Llama, tokens: torch.Tensor) -> float:
