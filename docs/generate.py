@@ -20,6 +20,7 @@ from method_pages import method_pages
 from page_parts import marked, page, table
 
 import bitmill
+from bitmill.cli.advise import advise
 from bitmill.cli.budget import budget
 from bitmill.cli.convert import convert
 from bitmill.cli.doctor import doctor
@@ -58,7 +59,7 @@ grid = "Q4_K_M"
 'ffn_(gate|up)' = "q5_k"
 ```"""
 VERBS: tuple[Callable[..., None], ...] = (
-    quantize, measure, convert, plan, budget, inspect_file, imatrix, names, recipes, doctor,
+    quantize, measure, convert, plan, budget, advise, inspect_file, imatrix, names, recipes, doctor,
 )  # fmt: skip
 AXES = {
     "transforms": "A change of basis that makes weights easier to store. It is folded into the model, so "

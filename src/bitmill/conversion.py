@@ -30,9 +30,9 @@ from bitmill.core.axes import (
 from bitmill.core.errors import BadRecipe, Refused
 from bitmill.core.types import FileImage, Row, TensorFacts
 from bitmill.families.base import LINEAR_ROLES, Family, describe
-from bitmill.forecast import BASE_BYTES, rounding_seconds
+from bitmill.forecast import BASE_BYTES, refuse_folder, rounding_seconds
 from bitmill.grids.dense import Dense
-from bitmill.planning import MATRIX, Plan, plan, refuse_folder
+from bitmill.planning import MATRIX, Plan, plan
 from bitmill.recipe import Call, Recipe, parse
 from bitmill.relabel import relabelled
 from bitmill.substitutes import dense_grid, dense_only, lays_out, nearest_first, same_grid, why_not

@@ -1,14 +1,17 @@
-"""What a run will take, from shapes alone: memory, and time on this machine's cores. Modelled."""
+"""What a run will take, from shapes alone: memory and time on these cores, modelled; and room on disk."""
 
 from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from bitmill.core.axes import CalibratedSolver, Solver, VectorGrid
+from bitmill.core.errors import Refused
 from bitmill.core.learning import BlockSolver
 from bitmill.core.types import Row
 
@@ -103,3 +106,19 @@ def cost(
         seconds += solver.passes * weights / (MOVED * cores)
     block = 4 * max(blocks.values(), default=0) * (streams + 2 * fitted + 9 * learns)
     return BASE_BYTES + block + hidden + activations + grams, 5.0 + seconds + operations / (RATE * cores)
+
+
+def refuse_folder(out: Path, bytes_: int) -> None:
+    """Refuse an output that its folder does not let in, or has no room for."""
+    folder = out.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise Refused(f"cannot write into {str(folder)!r}", where=str(out), fix="choose another -o")
+    free = shutil.disk_usage(folder).free
+    if free < bytes_ + (64 << 20):
+        raise Refused(
+            f"{bytes_:,} bytes to write and {free:,} free",
+            where=str(folder),
+            fix="free some space, or choose another -o",
+        )

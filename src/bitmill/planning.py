@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +37,7 @@ from bitmill.core.axes import (
 from bitmill.core.errors import Refused
 from bitmill.core.types import FileImage, Row, TensorFacts
 from bitmill.families.base import LINEAR_ROLES, Family, describe, is_expert, traits
-from bitmill.forecast import cost
+from bitmill.forecast import cost, refuse_folder
 from bitmill.inputs import input_remarks, with_inputs
 from bitmill.recipe import Recipe
 
@@ -225,10 +223,7 @@ def plan(
         needs = "diagonal"
     dtype = recipe.dtype or (recipe.grid if recipe.grid in BYTES else source_dtype(checkpoint))
     remarks = _transform_remarks(recipe, family, checkpoint)
-    facts = dict(checkpoint.tensors)
-    if _needs_own_head(recipe, family, facts):
-        embed = facts[f"{family.module('embed', None)}.weight"]
-        facts["lm_head.weight"] = TensorFacts("lm_head.weight", embed.shape, embed.dtype)
+    facts = _facts(recipe, family, checkpoint)
     told = needs != "nothing"
     rows = _rows(recipe, family, container, checkpoint, facts, dtype, told)
     blind = _blind(recipe, rows)
@@ -274,6 +269,22 @@ def plan(
     )
 
 
+def placed(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Row, ...]:
+    """The rows that a plan of ``recipe`` would have, without files: all that shapes alone can say.
+
+    Raises:
+        Refused: the recipe cannot work on these shapes.
+    """
+    family, container, solver = describe(checkpoint.config), recipe.make_container(), recipe.make_solver()
+    dtype = recipe.dtype or (recipe.grid if recipe.grid in BYTES else source_dtype(checkpoint))
+    told = solver.needs != "nothing" or any(t.needs != "nothing" for t in recipe.make_transforms())
+    asked = (recipe, family, container, checkpoint, _facts(recipe, family, checkpoint), dtype)
+    rows = _rows(*asked, told)
+    rows = rows if _blind(recipe, rows) is None else _rows(*asked, True)
+    _refuse_rows(recipe, rows, container, solver, False)
+    return rows
+
+
 def source_dtype(checkpoint: Checkpoint) -> str:
     """Precision most of the source's matrices are stored in: what is kept keeps it."""
     sizes: Counter[str] = Counter()
@@ -281,6 +292,15 @@ def source_dtype(checkpoint: Checkpoint) -> str:
         if len(fact.shape) == MATRIX:
             sizes[fact.dtype] += math.prod(fact.shape)
     return sizes.most_common(1)[0][0] if sizes else "f32"
+
+
+def _facts(recipe: Recipe, family: Family, checkpoint: Checkpoint) -> Mapping[str, TensorFacts]:
+    """The tensors that are placed: the checkpoint's, and a head of its own where one becomes needed."""
+    facts = dict(checkpoint.tensors)
+    if _needs_own_head(recipe, family, facts):
+        embed = facts[f"{family.module('embed', None)}.weight"]
+        facts["lm_head.weight"] = TensorFacts("lm_head.weight", embed.shape, embed.dtype)
+    return facts
 
 
 def _needs_own_head(recipe: Recipe, family: Family, facts: Mapping[str, TensorFacts]) -> bool:
@@ -460,22 +480,6 @@ def _refuse_experts(rows: Sequence[Row], family: Family, solver: Solver) -> None
             "an expert of the quantized model may see other tokens than the original's: nothing to compare",
             where=expert.name,
             fix="drop asymmetric=, or keep=gate+up+down",
-        )
-
-
-def refuse_folder(out: Path, bytes_: int) -> None:
-    """Refuse an output that its folder does not let in, or has no room for."""
-    folder = out.parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise Refused(f"cannot write into {str(folder)!r}", where=str(out), fix="choose another -o")
-    free = shutil.disk_usage(folder).free
-    if free < bytes_ + (64 << 20):
-        raise Refused(
-            f"{bytes_:,} bytes to write and {free:,} free",
-            where=str(folder),
-            fix="free some space, or choose another -o",
         )
 
 

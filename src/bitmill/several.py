@@ -22,10 +22,11 @@ from bitmill.calibrate.tokens import Calibration
 from bitmill.core.axes import Checkpoint
 from bitmill.core.errors import Refused
 from bitmill.core.types import Row
+from bitmill.forecast import refuse_folder
 from bitmill.grids.dense import Dense
 from bitmill.journal import Boundary, Workspace
 from bitmill.mill import Told, carry_out, identity_of, refuse_existing
-from bitmill.planning import Plan, refuse_folder
+from bitmill.planning import Plan
 from bitmill.recipe import Recipe, parse
 from bitmill.source import open_source
 from bitmill.transfer import Transfer

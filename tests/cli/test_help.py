@@ -17,6 +17,7 @@ VERBS = (
     "convert",
     "plan",
     "budget",
+    "advise",
     "inspect",
     "imatrix",
     "names",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bitmill.advise.memory import Model
-from bitmill.advise.runtimes import RUNTIMES, Runtime, runtime_of
+from bitmill.advise.runtimes import Runtime, runtime_named, runtime_of
 from bitmill.advise.shape_config import config_shape
 from bitmill.advise.shape_gguf import gguf_shape
 from bitmill.advise.weights import folder_weights, gguf_weights, image_weights
@@ -63,9 +63,7 @@ def planned(plan: Plan, source: Checkpoint, runtime: str | None = None, card: bo
 def _runtime(name: str | None, container: str, card: bool) -> Runtime:
     if name is None:
         return runtime_of(container, card)
-    if name not in RUNTIMES:
-        raise Refused(f"there is no runtime {name!r} here", fix=f"one of: {', '.join(RUNTIMES)}")
-    runtime = RUNTIMES[name]
+    runtime = runtime_named(name)
     if (container == "gguf") != (name == "llama.cpp"):
         raise Refused(
             f"{name} does not run {container} files", fix=f"--runtime {runtime_of(container, card).name}"

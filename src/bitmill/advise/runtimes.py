@@ -150,5 +150,16 @@ def runtime_of(container: str, card: bool) -> Runtime:
     return RUNTIMES[_OF_CONTAINER.get(container, usual)]
 
 
+def runtime_named(name: str) -> Runtime:
+    """The program of that name.
+
+    Raises:
+        Refused: there is none.
+    """
+    if name not in RUNTIMES:
+        raise Refused(f"there is no runtime {name!r} here", fix=f"one of: {', '.join(RUNTIMES)}")
+    return RUNTIMES[name]
+
+
 def _up(number: int, step: int) -> int:
     return -(-number // step) * step

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -64,6 +64,22 @@ def fetch(text: str, revision: str | None = None) -> Path:
     except (OSError, HFValidationError) as error:
         raise _refusal(repo, match["revision"] or revision, error) from error
     return _chosen(Path(folder), repo, part)
+
+
+def fetch_config(text: str, revision: str | None = None) -> Path:
+    """The ``config.json`` of a hub id, and nothing else of it.
+
+    Raises:
+        Refused: no such model, no access, no network, or it has none.
+    """
+    match = _ID.fullmatch(text)
+    if match is None:
+        raise Refused(f"{text!r} is not a hub id", fix="org/name or org/name@revision")
+    wanted = match["revision"] or revision
+    try:
+        return Path(hf_hub_download(match["repo"], CONFIG, revision=wanted))
+    except (OSError, HFValidationError) as error:
+        raise _refusal(match["repo"], wanted, error) from error
 
 
 def _patterns(part: str | None) -> tuple[str, ...]:

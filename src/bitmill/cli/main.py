@@ -12,6 +12,7 @@ from types import TracebackType
 import typer
 
 from bitmill.cli import exits, say
+from bitmill.cli.advise import advise
 from bitmill.cli.budget import budget
 from bitmill.cli.convert import convert
 from bitmill.cli.doctor import doctor
@@ -77,6 +78,7 @@ _add(convert)
 _add(plan)
 _add(inspect_file)
 _add(budget)
+_add(advise)
 _add(imatrix)
 _add(names)
 _add(recipes, alone=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module, metadata
 from pathlib import Path
 from types import ModuleType
@@ -70,6 +70,7 @@ def grid_families() -> tuple[type[Grid], ...]:
     return tuple(cls for cls in members("grids").values() if issubclass(cls, Grid))
 
 
+@lru_cache(maxsize=1024)
 def find_grid(text: str) -> Grid | None:
     """The grid that this lower-case text names, or None."""
     for cls in grid_families():
