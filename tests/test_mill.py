@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from bitmill import mill, planning, walk
+from bitmill import forecast, mill, walk
 from bitmill.calibrate.moments import load_moments
 from bitmill.calibrate.stream import Stream
 from bitmill.core.axes import Seam
@@ -169,12 +169,12 @@ def test_an_exploding_block_stops_the_run(
 
 
 def test_read_only_folder_and_full_disk(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning.os, "access", lambda *_: False)
+    monkeypatch.setattr(forecast.os, "access", lambda *_: False)
     with pytest.raises(Refused, match="cannot write"):
         mill.quantize(str(model), "q8_0", tmp_path / "out.gguf")
     monkeypatch.undo()
     usage = type("Usage", (), {"free": 10})
-    monkeypatch.setattr(planning.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(forecast.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(Refused, match="free"):
         mill.quantize(str(model), "q8_0", tmp_path / "out.gguf")
 

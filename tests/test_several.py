@@ -104,7 +104,7 @@ def test_all_are_refused_before_any_is_made(model: Path, tmp_path: Path) -> None
 def test_the_disk_must_hold_all_of_them(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = bitmill.plan(bitmill.parse("q8_0"), bitmill.open_source(str(model))).bytes_
     free = type("Usage", (), {"free": one + (64 << 20) + one // 2})
-    monkeypatch.setattr("bitmill.planning.shutil.disk_usage", lambda _: free)
+    monkeypatch.setattr("bitmill.forecast.shutil.disk_usage", lambda _: free)
     with pytest.raises(Refused, match="free"):
         bitmill.quantize_many(str(model), ["q8_0", "q8_0"], [tmp_path / "a.gguf", tmp_path / "b.gguf"])
     assert not list(tmp_path.iterdir())
