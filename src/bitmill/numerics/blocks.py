@@ -200,7 +200,7 @@ def _unpack_q8_0(raw: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 
 def _woven(runs: np.ndarray, width: int) -> np.ndarray:
-    """Bytes ``… 32`` of codes ``… k 32``: the lowest ``width`` bits of run ``j`` go to bits ``j·width`` and up.
+    """Bytes ``… 32`` of codes ``… k 32``: run ``j`` gives ``width`` low bits to bits ``j·width`` and up.
 
     Eight bytes go as one word: what is shifted stays inside its byte, because ``k·width`` is 8 at most.
     """
