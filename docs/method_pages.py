@@ -213,6 +213,8 @@ def asked(recipe: Recipe) -> str:
         words = [*words, "input ranges"] if need != "nothing" else ["input ranges"]
     if isinstance(solver, CalibratedSolver) and solver.cross:
         words.append("the original's inputs")
+    if recipe.tune is not None:
+        words = [*(words if need != "nothing" else []), "the original's distribution"]
     return " and ".join(words)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -24,6 +24,7 @@ class Report:
         blocks: output error of each block relative to its own contribution, when it was run.
         seconds: wall time of this process.
         resumed: units taken over from an interrupted run.
+        tuning: what a last step with the whole model did, and how it was judged; empty without one.
     """
 
     path: str
@@ -35,6 +36,7 @@ class Report:
     seconds: float
     resumed: int
     identity: Mapping[str, Any]
+    tuning: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def bytes_(self) -> int:
@@ -53,5 +55,6 @@ class Report:
             "seconds": self.seconds,
             "resumed": self.resumed,
             "identity": dict(self.identity),
+            **({"tuning": dict(self.tuning)} if self.tuning else {}),
             "bitmill": version("bitmill"),
         }

@@ -141,7 +141,7 @@ def toml(made: Budgeted, damage: Damage) -> str:
         f"# Least predicted KL divergence in {made.limit:,} bytes: {made.budget.damage:.4g} nats a token.",
         f"# {made.plan.bytes_:,} bytes, {made.plan.bpw:.4f} bits a weight; {shares}",
         f"# Damage measured on {tokens}, sha256 {facts.get('sha256')}; model {facts.get('model')}",
-        f'solver = "{recipe.solver}"',
+        f'solver = "{" + ".join(map(str, recipe.solvers))}"',
         f'grid = "{recipe.grid}"',
         f'container = "{recipe.container}"',
         "pure = true",

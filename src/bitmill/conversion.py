@@ -89,9 +89,10 @@ def target(text: str) -> Recipe:
             ) from error
     else:
         recipe = parse(text)
-    if recipe.transforms or recipe.solver != Call("nearest"):
+    if recipe.transforms or recipe.tune is not None or recipe.solver != Call("nearest"):
         raise BadRecipe(
-            f"{recipe.solver} needs the original weights: a conversion places nothing anew but by rounding",
+            f"{recipe.tune or recipe.solver} needs the original weights: a conversion places nothing anew "
+            "but by rounding",
             where=str(recipe),
             fix=f"bitmill quantize MODEL {text!r} from the original model, or only a container or grid here",
         )

@@ -67,7 +67,8 @@ class Workspace:
                 _refuse_other(lines[0]["identity"], dict(identity), self.folder)
                 self._open_files()
                 units = [line for line in lines[1:] if line["unit"] != "sealed"]
-                if all(self._intact(unit) for unit in units):
+                over = max((at for at, unit in enumerate(units) if unit.get("rewrites")), default=0)
+                if all(self._intact(unit) for unit in units[over:]):
                     return units
                 self.close_files()
             self._start(identity)
@@ -90,7 +91,10 @@ class Workspace:
     def finish_unit(
         self, unit: str, record: Mapping[str, Any], live: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Make everything written since the last unit durable, then say so in the journal."""
+        """Make everything written since the last unit durable, then say so in the journal.
+
+        A record with ``rewrites`` says that what earlier units wrote may change from here on.
+        """
         self._boundary(f"{unit}: written")
         with _disk_errors(self.folder):
             for path in sorted(self._touched):

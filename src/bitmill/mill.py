@@ -25,6 +25,7 @@ from bitmill.journal import RESUME, Boundary, Workspace, report_path
 from bitmill.planning import Plan, plan
 from bitmill.recipe import Recipe, parse
 from bitmill.source import open_source
+from bitmill.tuning import with_tuning
 from bitmill.walk import Progress, Walk
 
 
@@ -91,7 +92,8 @@ def quantize(
             save_moments(keep, walk.kept_moments, facts)
 
     identity = identity_of(made, calibration, device)
-    return carry_out(walk, identity, started, force=force, resume=resume, before_sealing=kept)
+    job = with_tuning(walk)
+    return carry_out(job, identity, started, force=force, resume=resume, before_sealing=kept)
 
 
 def identity_of(made: Plan, calibration: Calibration, device: str) -> dict[str, Any]:
@@ -142,9 +144,10 @@ class Told:
         calibrated = self.calib is not None or self.moments is not None or bool(self.matrices)
         windows = {"nsamples": self.nsamples, "seqlen": self.seqlen}
         made = plan(wanted, source, out, **windows, strict=strict, calibrated=calibrated)
-        if isinstance(wanted.make_solver(), BlockSolver) and (self.moments is not None or self.matrices):
+        learns = wanted.tune or (wanted.solver if isinstance(wanted.make_solver(), BlockSolver) else None)
+        if learns is not None and (self.moments is not None or self.matrices):
             raise Refused(
-                f"{wanted.solver} learns from what a block puts out; moments of its inputs do not tell",
+                f"{learns} learns from what the model puts out; moments of its inputs do not tell",
                 fix="calibrate: --calib TEXT instead of --moments or --imatrix",
             )
         if self.matrices and (self.calib is not None or self.moments is not None):
@@ -158,7 +161,7 @@ class Told:
         known, calibration = importance(made, source, self.matrices, self.missing)
         if self.moments is not None:
             known, calibration = _saved(self.moments, source, made)
-        if made.needs == "nothing" or known:
+        if (made.needs == "nothing" and made.recipe.tune is None) or known:
             return known, calibration
         if drawn is None:
             windows = {"nsamples": self.nsamples, "seqlen": self.seqlen, "seed": self.seed}
@@ -299,7 +302,7 @@ def _already_there(out: Path, space: Workspace, identity: Mapping[str, Any], for
         *(Note(**n) for n in known["notes"]),
         Note("present", str(out), "this very command had finished it"),
     )
-    return Report(**fields, notes=notes, resumed=known["resumed"])
+    return Report(**fields, notes=notes, resumed=known["resumed"], tuning=known.get("tuning", {}))
 
 
 def _refuse_foreign_moments(

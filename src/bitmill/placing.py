@@ -104,6 +104,11 @@ class Placing:
         for slot, data in self.plan.container.pack(row, quantized, self.source).items():
             self.space.write(slot, data)
 
+    def rewrite(self, row: Row, quantized: Quantized) -> None:
+        """Over a weight that was written before."""
+        self.write(row, quantized)
+        self._sample[row.role] = (row.name, quantized.dense()[:4].clone(), quantized.inputs)
+
     def verify_sample(self) -> None:
         """Open what was written as any reader would; compare a few rows of each role with what was solved.
 

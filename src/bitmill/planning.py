@@ -40,6 +40,7 @@ from bitmill.families.base import LINEAR_ROLES, Family, describe, is_expert, tra
 from bitmill.forecast import cost, refuse_folder
 from bitmill.inputs import input_remarks, with_inputs
 from bitmill.recipe import Recipe
+from bitmill.tuning_plan import tuned
 
 BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 MATRIX = 2
@@ -250,9 +251,13 @@ def plan(
         raise Refused("this output is a folder", where=str(out), fix=f"-o {out.with_suffix('')}")
     if out is not None:
         refuse_folder(out, total_bytes(files))
-    calibration = (nsamples, seqlen) if needs != "nothing" else (0, 0)
+    tune = recipe.make_tune()
+    calibration = (nsamples, seqlen) if needs != "nothing" or tune is not None else (0, 0)
     fitted = any(transform.needs != "nothing" for transform in transforms)
-    peak, seconds = cost(rows, checkpoint.config, solver, needs, *calibration, fitted)
+    taken = cost(rows, checkpoint.config, solver, needs, *calibration, fitted)
+    if tune is not None:
+        said, taken = tuned(rows, checkpoint.config, str(recipe.tune), tune, *calibration, taken)
+        remarks += said
     return Plan(
         recipe,
         family,
@@ -263,8 +268,7 @@ def plan(
         dtype,
         *calibration,
         needs,
-        peak,
-        seconds,
+        *taken,
         remarks,
     )
 

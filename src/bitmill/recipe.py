@@ -6,9 +6,12 @@ r"""A recipe: what the user wants, in one line that reads as the sentence it is.
     best : Q4_K_M > gguf
     nearest : Q4_K_M, /blk\.[0-3]\.ffn_down/=q8_0 > gguf
     smoothquant + nearest : int8-channel-sym, input=int8-token > compressed-tensors
+    gptq + tune(steps=200) : Q3_K_M > gguf
 
-``transforms + solver : grid-or-mixture, options > container``. Parsing and printing round-trip; known names
-(``Q4_K_M``, ``W4A16``, ``nf4``) are recipes in a table; long ones live in TOML files with the same keys.
+``transforms + solver : grid-or-mixture, options > container``. A solver that goes on from what another has
+left stands behind it (``gptq + tune``), or behind plain rounding where none is named. Parsing and printing
+round-trip; known names (``Q4_K_M``, ``W4A16``, ``nf4``) are recipes in a table; long ones live in TOML files
+with the same keys.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from bitmill.core import registry
 from bitmill.core.axes import Container, InputContainer, Solver, Transform
 from bitmill.core.errors import BadRecipe
 from bitmill.core.inputs import parse_inputs
+from bitmill.core.learning import ModelSolver
 from bitmill.core.types import Split
 from bitmill.gguf_options import pre_tokenizer, size_of, tensor_type
 from bitmill.known import KNOWN, PRESETS
@@ -79,6 +83,7 @@ class Recipe:
         split_max_size, split_max_tensors: the most that a part of a GGUF output may hold, in bytes and in
         tensors; 0 is no limit, and without any limit the output is one file.
         input: what the inputs of the quantized linears are rounded to at run time; None leaves them.
+        tune: what learns with the whole model after the solver; None for nothing.
         pre_tokenizer: llama.cpp's name of how text is cut into words, for a GGUF output; None recognises it.
 
     Raises:
@@ -100,6 +105,7 @@ class Recipe:
     split_max_tensors: int = 0
     pre_tokenizer: str | None = None
     input: str | None = None
+    tune: Call | None = None
 
     def __post_init__(self) -> None:
         said = [f"/{pattern}/={kind}" for pattern, kind in self.tensors] + ["pure"] * self.pure
@@ -116,7 +122,7 @@ class Recipe:
             raise BadRecipe("only GGUF names a pre-tokenizer", where=self.container.replace("_", "-"))
 
     def __str__(self) -> str:
-        axes = " + ".join(str(c) for c in (*self.transforms, self.solver))
+        axes = " + ".join(map(str, (*self.transforms, *self.solvers)))
         options = [f"{role}={grid}" for role, grid in self.roles]
         options += [f"input={self.input}"] if self.input else []
         options += [f"/{pattern}/={kind}" for pattern, kind in self.tensors]
@@ -135,9 +141,18 @@ class Recipe:
         """Whether the grid is chosen by a mixture's rules rather than uniform."""
         return self.grid in Mixture.names()
 
+    @property
+    def solvers(self) -> tuple[Call, ...]:
+        """The solver, and what goes on from what it has left."""
+        return (self.solver,) if self.tune is None else (self.solver, self.tune)
+
     def make_solver(self) -> Solver:
         """The solver, with its options."""
         return make("solvers", self.solver)
+
+    def make_tune(self) -> ModelSolver | None:
+        """What learns with the whole model after the solver."""
+        return None if self.tune is None else cast(ModelSolver, make("solvers", self.tune))
 
     def make_container(self) -> Container:
         """The container, with its options."""
@@ -190,8 +205,9 @@ def _parse_line(text: str, known: Mapping[str, str]) -> Recipe:
             close = difflib.get_close_matches(text.lower().replace("_", "-"), known, n=2)
             hint = f"did you mean {' or '.join(close)}?" if close else "see `bitmill recipes`"
             raise BadRecipe(f"no recipe or grid is called {text!r}", fix=hint)
-    calls = [_call(part) for part in _split(PRESETS.get(axes.strip().lower(), axes), "+")]
-    *transforms, solver = calls
+    parts = (PRESETS.get(part.lower(), part) for part in _split(axes, "+"))
+    *transforms, solver = (_call(part) for part in parts)
+    transforms, solver, tune = _tuned(transforms, solver)
     for call in transforms:
         make("transforms", call)
     made = make("solvers", solver)
@@ -199,7 +215,18 @@ def _parse_line(text: str, known: Mapping[str, str]) -> Recipe:
     grid = _grid_text(head, made)
     fields = _fields(options, patterns)
     layout = _container(container.strip(), grid, "input" in fields)
-    return Recipe(tuple(transforms), solver, grid, layout.name, layout.options, **fields)
+    return Recipe(tuple(transforms), solver, grid, layout.name, layout.options, **fields, tune=tune)
+
+
+def _tuned(transforms: list[Call], last: Call) -> tuple[list[Call], Call, Call | None]:
+    """Transforms, the solver, and what goes on from it where the last call is that."""
+    if not isinstance(make("solvers", last), ModelSolver):
+        return transforms, last, None
+    if not transforms or transforms[-1].name not in registry.names("solvers"):
+        return transforms, Call("nearest"), last
+    if isinstance(make("solvers", transforms[-1]), ModelSolver):
+        raise BadRecipe(f"{transforms[-1]} + {last}: one of them is enough", fix=f"{last} alone")
+    return transforms[:-1], transforms[-1], last
 
 
 def _fields(options: list[str], patterns: list[str]) -> dict[str, Any]:

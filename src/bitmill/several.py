@@ -25,11 +25,12 @@ from bitmill.core.types import Row
 from bitmill.forecast import refuse_folder
 from bitmill.grids.dense import Dense
 from bitmill.journal import Boundary, Workspace
-from bitmill.mill import Told, carry_out, identity_of, refuse_existing
+from bitmill.mill import Job, Told, carry_out, identity_of, refuse_existing
 from bitmill.planning import Plan
 from bitmill.recipe import Recipe, parse
 from bitmill.source import open_source
 from bitmill.transfer import Transfer
+from bitmill.tuning import with_tuning
 from bitmill.walk import Progress, Walk
 
 
@@ -85,13 +86,13 @@ def quantize_many(
         started = time.monotonic()
         tell("output", at, len(paths), str(out))
         known, calibration = told.known(made, source, tell, drawn)
-        if made.needs != "nothing" and not known:
+        if calibration.tokens.numel():
             drawn = calibration
         space = Workspace(out, made.files, not made.files[0].path, boundary)
         first = next((i for i in range(at) if solved_alike(plans[i], made)), None)
-        job: Walk | Transfer
+        job: Job
         if first is None:
-            job = Walk(made, source, space, tell, calibration, known, device, False)
+            job = with_tuning(Walk(made, source, space, tell, calibration, known, device, False))
         else:
             solved = plans[first].container.open(paths[first])
             job = Transfer(made, source, space, tell, solved, False, reports[first])
@@ -135,6 +136,8 @@ def solved_alike(one: Plan, other: Plan) -> bool:
     What is kept may differ in precision, unless a transform has changed it on its way.
     """
     alike = (one.recipe.transforms, one.recipe.solver, one.needs, one.nsamples, one.seqlen)
+    if one.recipe.tune is not None or other.recipe.tune is not None:
+        return False  # norms are not the source's either, and what is learned is each container's own
     if alike != (other.recipe.transforms, other.recipe.solver, other.needs, other.nsamples, other.seqlen):
         return False
     changed = bool(one.recipe.transforms)

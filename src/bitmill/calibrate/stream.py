@@ -19,6 +19,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from bitmill.calibrate.experts import Experts, opened
+from bitmill.calibrate.head import Head
 from bitmill.calibrate.skeleton import empty_model, final_norm_path, find_layers, path_of, scaled_logits
 from bitmill.core.axes import Checkpoint, inputs_of
 from bitmill.core.errors import BadFile, Refused
@@ -345,6 +346,16 @@ class Stream:
             if bias is not None:
                 out += bias.to(self.device, torch.float32)
             return scaled_logits(out, self.checkpoint.config)
+
+    def head(self) -> Head:
+        """What stands behind the last block, in memory."""
+        norm = copy.deepcopy(self._model.get_submodule(self._norm_path))
+        for name, _ in list(norm.named_parameters()):
+            _assign(norm, name, self._tensor(f"{self._norm_path}.{name}"), self.device, self.dtype)
+        weight, bias = (None if t is None else t.to(self.device, torch.float32) for t in self._head())
+        assert weight is not None
+        inputs = self._inputs.get(f"{path_of(self._model, self._model.get_output_embeddings())}.weight")
+        return Head(f"{self._norm_path}.weight", norm, weight, bias, inputs, self.checkpoint.config)
 
     def call(self, index: int, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the model calls layer ``index`` with, beside the hidden states, for a batch of this shape."""

@@ -25,6 +25,8 @@ TITLES = {
     "calibrate": "calibration text",
     "tokens": "calibration text",
     "block": "quantizing",
+    "original": "running the original",
+    "tune": "tuning",
     "activations": "summing activations",
     "gradients": "summing gradients",
     "damage": "damage by type",

@@ -111,6 +111,7 @@ def _one(name: str, json: bool) -> None:
         "recipe": str(recipe),
         "transforms": [str(c) for c in recipe.transforms],
         "solver": str(recipe.solver),
+        "tune": "" if recipe.tune is None else str(recipe.tune),
         "grid": recipe.grid,
         "roles": dict(recipe.roles),
         "keep": list(recipe.keep),

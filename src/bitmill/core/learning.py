@@ -1,10 +1,11 @@
-"""Solvers that learn from what a whole block puts out, and what they are given to learn from."""
+"""Solvers that learn from what a block, or the whole model, puts out, and what they are given for it."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -45,3 +46,71 @@ class BlockSolver(Solver):
     @abstractmethod
     def learn(self, task: BlockTask) -> list[Solution]:
         """One solution a problem."""
+
+
+@dataclass(frozen=True, eq=False)
+class ModelTask:
+    """A whole model on its grids whose codes stay, and what may still move: its leaves, by name.
+
+    Attributes:
+        start: the leaves as the model has them: scales, offsets, norms; float32.
+        units: what a relative change of 1 is of each leaf, of its shape; 0 where it cannot move.
+        windows: calibration windows there are.
+        lesson: divergence from the original model over the windows with these indices (nats a token) at
+            these leaves, and its derivatives by relative changes; the leaves as they would be stored.
+        judge: divergence over text of another kind at these leaves, as they would be stored.
+        step: where to go on from; 0 at the start.
+        state: what was kept there.
+        record: facts kept with it.
+        keep: makes ``step``, ``state`` and ``record`` safe, so that an interrupted run goes on from there.
+        tell: called with the steps done and a line for the reader.
+    """
+
+    start: Mapping[str, Tensor]
+    units: Mapping[str, Tensor]
+    windows: int
+    lesson: Callable[[Mapping[str, Tensor], Tensor], tuple[float, Mapping[str, Tensor]]]
+    judge: Callable[[Mapping[str, Tensor]], float]
+    step: int
+    state: Mapping[str, Tensor]
+    record: Mapping[str, Any]
+    keep: Callable[[int, Mapping[str, Tensor], Mapping[str, Any]], None]
+    tell: Callable[[int, str], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """What came of a :class:`ModelTask`.
+
+    Attributes:
+        leaves: the best that was met; ``start`` itself where nothing was better.
+        facts: for the report: ``first`` and ``least`` divergence of the judge, ``best_step``, ``trace``, why
+            it ``stopped`` early.
+    """
+
+    leaves: Mapping[str, Tensor]
+    facts: Mapping[str, Any]
+
+
+class ModelSolver(Solver):
+    """A solver that goes on from what another has left, with the model as a whole: the codes are another's,
+    what is stored beside them is learned. :meth:`Solver.solve` is plain rounding."""
+
+    @property
+    @abstractmethod
+    def at_once(self) -> int:
+        """Windows that go through the model together."""
+
+    @property
+    @abstractmethod
+    def judgements(self) -> int:
+        """How often the model is judged."""
+
+    @property
+    @abstractmethod
+    def norms(self) -> bool:
+        """Whether weights of norms move, too."""
+
+    @abstractmethod
+    def tune(self, task: ModelTask) -> Tuned:
+        """Learn."""

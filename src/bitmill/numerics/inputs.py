@@ -70,9 +70,28 @@ def input_hook(
 
     def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         inputs = current()
-        return None if inputs is None else (rounded(inputs.grid, args[0], inputs.fixed), *args[1:])
+        return None if inputs is None else (straight(inputs, args[0]), *args[1:])
 
     return hook
+
+
+def straight(inputs: Inputs, x: Tensor) -> Tensor:
+    """:func:`rounded`, through which derivatives go as if nothing had been rounded (Bengio et al., arXiv
+    1308.3432)."""
+    values = rounded(inputs.grid, x.detach(), inputs.fixed)
+    return _Straight.apply(x, values) if x.requires_grad else values
+
+
+class _Straight(torch.autograd.Function):
+    """``values`` forwards, the identity backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor) -> Tensor:
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 def check_inputs(model: nn.Module, inputs: Mapping[str, Inputs], where: str) -> None:

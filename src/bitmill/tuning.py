@@ -1,0 +1,187 @@
+"""The last step of a run that learns with the whole model: scales and norms, after the walk.
+
+The walk's output is read back as any reader would, and what a :class:`~bitmill.core.learning.ModelSolver` has
+found is written over it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitmill.account import Report
+from bitmill.calibrate.stream import Stream
+from bitmill.core.errors import Refused
+from bitmill.core.learning import ModelSolver, ModelTask, Tuned
+from bitmill.core.types import Note
+from bitmill.distilled import Distilled, Leaves
+from bitmill.held_out import HeldOut, held_out
+from bitmill.journal import Workspace
+from bitmill.run.memory import available_bytes
+from bitmill.walk import Progress, Walk
+
+UNIT = "tune"
+LAST = "tune: found"
+WRITTEN = "tune: written"
+
+
+@dataclass
+class Tuning:
+    """A walk, and after it the step with the whole model.
+
+    Attributes:
+        walk: that solves, and writes.
+        solver: that learns afterwards.
+    """
+
+    walk: Walk
+    solver: ModelSolver
+
+    @property
+    def space(self) -> Workspace:
+        """What both fill."""
+        return self.walk.space
+
+    @property
+    def tell(self) -> Progress:
+        """Who hears of progress."""
+        return self.walk.tell
+
+    def verify_sample(self) -> None:
+        """See :meth:`Placing.verify_sample`."""
+        self.walk.verify_sample()
+
+    def run(self, identity: Mapping[str, Any], done: Sequence[Mapping[str, Any]], started: float) -> Report:
+        """Every unit that is not done yet; the report of all of them."""
+        walked = [unit for unit in done if not unit["unit"].startswith(UNIT)]
+        report = self.walk.run(identity, walked, started)
+        facts = self._finish(list(done[len(walked) :]))
+        return replace(
+            report,
+            notes=(*report.notes, *_notes(facts, str(self.walk.plan.recipe.tune))),
+            tuning=facts,
+            seconds=time.monotonic() - started,
+            resumed=len(done),
+        )
+
+    def _finish(self, done: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        if done and done[-1]["unit"] == WRITTEN:
+            return dict(done[-1]["tuning"])
+        held = held_out(self.walk.calibration, self.walk.source)
+        model = Distilled(self.walk, self.solver.norms)
+        if done and done[-1]["unit"] == LAST:
+            leaves: Leaves = self._live(done[-1], model)
+            facts = dict(done[-1]["tuning"])
+        else:
+            began = time.monotonic()
+            tuned = self._tuned(model, held, done[-1] if done else None)
+            leaves, facts = tuned.leaves, _account(tuned, model, held, time.monotonic() - began)
+            self.space.finish_unit(LAST, {"tuning": facts, "rewrites": True}, _cpu(leaves))
+        if facts["best_step"]:
+            model.write(leaves)
+        self.space.finish_unit(WRITTEN, {"tuning": facts})
+        return facts
+
+    def _tuned(self, model: Distilled, held: HeldOut, kept: Mapping[str, Any] | None) -> Tuned:
+        """Learn, or go on learning from what an interrupted run has kept; leaves as they are stored."""
+        steps = self.solver.passes
+        taught, judges = model.wanted(held.taught), model.wanted(held.judges)
+        original = Stream(self.walk.source, self.walk.device).head()
+        start, units = model.start()
+
+        def keep(step: int, state: Leaves, record: Mapping[str, Any]) -> None:
+            self.space.finish_unit(f"{UNIT} {step}", {"step": step, "record": record}, _cpu(state))
+
+        def lesson(leaves: Leaves, windows: Tensor) -> tuple[float, Mapping[str, Tensor]]:
+            stored = model.stored(leaves, start)
+            return model.lesson(held.taught[windows], taught[windows.to(taught.device)], original, stored)
+
+        def judge(leaves: Leaves) -> float:
+            return model.judge(held.judges, judges, original, model.stored(leaves, start))
+
+        task = ModelTask(
+            start,
+            units,
+            len(held.taught),
+            lesson,
+            judge,
+            0 if kept is None else int(kept["step"]),
+            {} if kept is None else self._live(kept, model),
+            {} if kept is None else kept["record"],
+            keep,
+            lambda step, text: self.tell("tune", step, steps, text),
+        )
+        self.tell("tune", task.step, steps, "")
+        tuned = self.solver.tune(task)
+        return replace(tuned, leaves=model.stored(tuned.leaves, start))
+
+    def _live(self, unit: Mapping[str, Any], model: Distilled) -> dict[str, Tensor]:
+        device = torch.device(self.walk.device)
+        return {name: value.to(device) for name, value in self.space.load_live(unit["live"]).items()}
+
+
+def with_tuning(walk: Walk) -> Walk | Tuning:
+    """The walk, and what its recipe says comes after it.
+
+    Raises:
+        Refused: there is not the memory for that.
+    """
+    solver, name = walk.plan.recipe.make_tune(), walk.plan.recipe.tune
+    if solver is None or name is None:
+        return walk
+    free = available_bytes()
+    if walk.plan.peak_bytes > free:
+        raise Refused(
+            f"{name} keeps every code of the model in memory: about "
+            f"{_gib(walk.plan.peak_bytes)} in all, and {_gib(free)} are free",
+            fix=f"fewer windows a step, {name.name}(batch=1); shorter windows; a machine "
+            f"with more memory; or the recipe without it",
+        )
+    return Tuning(walk, solver)
+
+
+def _account(tuned: Tuned, model: Distilled, held: HeldOut, seconds: float) -> dict[str, Any]:
+    """What the report says of it."""
+    start, _ = model.start()
+    scales = [name for name in start if ":" in name]
+    moved = [
+        float(((tuned.leaves[n] - start[n]).abs() / start[n].abs().clamp_min(1e-30)).mean()) for n in scales
+    ]
+    return {
+        **tuned.facts,
+        "scales": sum(start[n].numel() for n in scales),
+        "norms": len(start) - len(scales),
+        "mean_relative_change": sum(moved) / max(len(moved), 1),
+        "taught_windows": len(held.taught),
+        "judge": held.facts,
+        "seconds": seconds,
+    }
+
+
+def _notes(facts: Mapping[str, Any], name: str) -> tuple[Note, ...]:
+    """One sentence, and one more where it did not go well."""
+    first, least, at = facts["first"], facts["least"], facts["best_step"]
+    ratio = least / first if first > 0 and math.isfinite(first) else 1.0
+    said = f"divergence on {facts['judge']['text']} {first:.4f} -> {least:.4f} nats a token at step {at}; "
+    said += "errors of weights in this report are those before it"
+    if not at:
+        said = f"no step was better on {facts['judge']['text']}: the scales stay as they were"
+    notes = [Note("tuned", name, said, ratio)]
+    if "stopped" in facts:
+        text = f"stopped: {facts['stopped']}; kept is step {at}"
+        notes.append(Note("tune-stopped", name, text))
+    return tuple(notes)
+
+
+def _cpu(tensors: Leaves) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().clone() for name, value in tensors.items()}
+
+
+def _gib(bytes_: int) -> str:
+    return f"{bytes_ / 2**30:.1f} GiB"
