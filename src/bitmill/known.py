@@ -43,6 +43,7 @@ KNOWN: Mapping[str, str] = {
     "awq-gptq": "awq + gptq : int4-g128-asym > compressed-tensors",
     "autoround": "autoround : int4-g128-sym > auto-round",
     "auto-round": "autoround : int4-g128-sym > auto-round",
+    "efficientqat": "efficientqat + tune : int2-g64-asym > gptq(version=2)",
     "hqq": "hqq : int4-g64-fz > hqq",
     "spqr": "spqr : spqr3-g16-o1-act > spqr",
     **{f"mlx-{bits}bit": _mlx(f"int{bits}-g64-bias") for bits in (2, 3, 4, 5, 6, 8)},

@@ -1,4 +1,4 @@
-"""Rounding that moves by the sign of a gradient: offsets of weights, and factors of the ends of their ranges.
+"""Rounding that is learned: offsets of weights, or weights, and factors of the ends of their ranges.
 
 A weight's value is ``grid(w + V · step)`` under parameters whose range is ``β · lowest … α · highest``.
 Rounding is taken as the identity where the value lies inside the range (Bengio et al., arXiv 1308.3432),
@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from bitmill.core.axes import AffineGrid, Grid, ScalarGrid
 from bitmill.core.types import Params, Quantized
 
-NARROWEST = 0.5  # of a range
+NARROWEST, WIDEST = 0.5, 1.5  # of a range
 LITTLE = 0.97  # narrower by a step or two of learning
 
 
@@ -88,29 +88,52 @@ class Learned:
             ranges: whether factors move at all.
         """
         step = self.grid.step(params, 0, self.weight.shape[1])
+        by_weight, by_high, by_low = self.slopes(gradient, value, params)
+        offset = (self.offset - rate * (by_weight * step).sign()).clamp(-0.5, 0.5)
+        if not (ranges and self.elastic):
+            return replace(self, offset=offset)
+        rates = rate * self._relative_step(step)
+        high = (self.high - rates * by_high.sign()).clamp(NARROWEST, 1.0)
+        low = (self.low - rates * by_low.sign()).clamp(NARROWEST, 1.0) if self.ends_apart else self.low
+        return replace(self, offset=offset, high=high, low=low)
+
+    def trained(self, weight: Tensor, high: Tensor, low: Tensor, params: Params, rate: float) -> Learned:
+        """The weight itself, and the ends of its ranges, moved along these directions: where they are 1,
+        against the axis by ``rate`` steps of the grid."""
+        step = self.grid.step(params, 0, self.weight.shape[1])
+        one = replace(self, weight=self.weight - rate * step * weight)
+        if not self.elastic:
+            return one
+        rates = rate * self._relative_step(step)
+        ends = (
+            (end - rates * way).clamp(NARROWEST, WIDEST)
+            for end, way in ((self.high, high), (self.low, low if self.ends_apart else torch.zeros_like(low)))
+        )
+        return replace(one, high=next(ends), low=next(ends))
+
+    def slopes(self, gradient: Tensor, value: Tensor, params: Params) -> tuple[Tensor, Tensor, Tensor]:
+        """Derivatives by each weight, and by both ends' factors, in proportion; where the ends are not apart,
+        the second is that of the range, and the third says nothing.
+
+        Args:
+            gradient, value, params: as of :meth:`moved`.
+        """
+        step = self.grid.step(params, 0, self.weight.shape[1])
         shifted = self.weight + self.offset * step
         top, bottom = (
             _spread(end, self.weight, self.grid) for end in (self.high * self.top, self.low * self.bottom)
         )
         above, below = shifted > top + step / 2, shifted < bottom - step / 2
         inside = ~(above | below)
-        offset = (self.offset - rate * (gradient * inside * step).sign()).clamp(-0.5, 0.5)
-        if not (ranges and self.elastic):
-            return replace(self, offset=offset)
         slip = gradient * (value - self.weight)
-        rates = rate * self._relative_step(step)
-        if not self.ends_apart:
-            by_high = torch.where(inside, slip, gradient * value)
-            return replace(self, offset=offset, high=_stepped(self.high, by_high, rates, self.grid))
-        width = (top - bottom).clamp_min(1e-30)
-        by_high = torch.where(inside, slip * top / width, gradient * top * above)
-        by_low = torch.where(inside, -slip * bottom / width, gradient * bottom * below)
-        return replace(
-            self,
-            offset=offset,
-            high=_stepped(self.high, by_high, rates, self.grid),
-            low=_stepped(self.low, by_low, rates, self.grid),
-        )
+        if self.ends_apart:
+            width = (top - bottom).clamp_min(1e-30)
+            by_high = torch.where(inside, slip * top / width, gradient * top * above)
+            by_low = torch.where(inside, -slip * bottom / width, gradient * bottom * below)
+        else:
+            by_high = by_low = torch.where(inside, slip, gradient * value)
+        ends = (_by_block(by, self.grid).sum((1, 3)) for by in (by_high, by_low))
+        return gradient * inside, next(ends), next(ends)
 
     def _relative_step(self, step: Tensor) -> Tensor:
         """A step of each block, relative to the end of its range that is farther from zero."""
@@ -130,11 +153,6 @@ def _moved(
     steps = spread.high - spread.low
     size = (width * factor / steps).clamp_min(1e-30)
     return grid.with_zero(params, torch.where(width > 0, -low * bottom / size, 0.0))
-
-
-def _stepped(factor: Tensor, gradient: Tensor, rates: Tensor, grid: Grid) -> Tensor:
-    by_block = _by_block(gradient, grid).sum((1, 3))
-    return (factor - rates * by_block.sign()).clamp(NARROWEST, 1.0)
 
 
 def _by_block(values: Tensor, grid: Grid) -> Tensor:

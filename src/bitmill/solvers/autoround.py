@@ -3,24 +3,17 @@ output, by the sign of its gradient (Cheng et al., arXiv 2309.05516)."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from typing import ClassVar, final
-
-import torch
-from torch import Tensor
 
 from bitmill.core.axes import Grid, ScalarGrid
 from bitmill.core.learning import BlockSolver, BlockTask
-from bitmill.core.types import Note, Problem, Quantized, Solution
+from bitmill.core.types import Problem, Quantized, Solution
 from bitmill.numerics.learned import Learned
+from bitmill.numerics.lessons import CHECKS, JUDGES, Course
 
-CHECKS = 10  # times that progress is judged
-JUDGES = 8  # windows, at most, that do not teach and judge instead
-
-Loss = Callable[[Sequence[Tensor]], Tensor]
+LEARNED = "learned rounding"
 
 
 @final
@@ -83,9 +76,9 @@ class AutoRound(BlockSolver):
         """
         found = []
         for problem, grid in zip(problems, grids, strict=True):
-            loss = _own_loss(problem)
-            [quantized], first, least = self._descend([problem], [grid], repeat(loss), loss)
-            found.append(Solution(quantized, _notes(problem.name, first, least)))
+            course = Course.of_layer(problem, grid)
+            self._descend([problem], course)
+            found.append(Solution(course.best[0], course.notes(problem.name, LEARNED)))
         return found
 
     def learn(self, task: BlockTask) -> list[Solution]:
@@ -94,87 +87,30 @@ class AutoRound(BlockSolver):
         Raises:
             ValueError: a grid that :meth:`refuses` names.
         """
-        held = min(JUDGES, max(1, task.windows // 8)) if task.windows > 1 else 0
-        judges = torch.arange(task.windows - held, task.windows) if held else torch.arange(task.windows)
-        taught = torch.arange(max(task.windows - held, 1))
-        generator = torch.Generator().manual_seed(self.seed)
+        course = Course.of_block(task, self.batch, self.seed)
+        self._descend(task.problems, course)
+        notes = course.notes(task.name, LEARNED)
+        return [Solution(one, notes if not at else ()) for at, one in enumerate(course.best)]
 
-        def loss(windows: Tensor) -> Loss:
-            wanted = task.wanted(windows)
-            return lambda values: (task.outputs(values, windows) - wanted).square().mean()
-
-        def lessons() -> Iterator[Loss]:
-            while True:
-                picked = torch.randperm(len(taught), generator=generator)[: self.batch]
-                yield loss(taught[picked])
-
-        quantized, first, least = self._descend(task.problems, task.grids, lessons(), loss(judges))
-        notes = _notes(task.name, first, least)
-        return [Solution(one, notes if not at else ()) for at, one in enumerate(quantized)]
-
-    def _descend(
-        self,
-        problems: Sequence[Problem],
-        grids: Sequence[Grid],
-        lessons: Iterator[Loss],
-        judge: Loss,
-    ) -> tuple[list[Quantized], float, float]:
-        """The best quantized weights, and the judges' loss at the start and with those."""
-        best = [
-            grid.round(p.weight.float(), None if p.moments is None else p.moments.importance)
-            for p, grid in zip(problems, grids, strict=True)
-        ]
-        state = [self._start(p, q) for p, q in zip(problems, best, strict=True)]
-        first = least = _judged(judge, best)
+    def _descend(self, problems: Sequence[Problem], course: Course) -> None:
+        state = [self._start(p, q) for p, q in zip(problems, course.best, strict=True)]
         every = max(1, self.steps // CHECKS)
         for step in range(self.steps):
             quantized = [one.quantized(one.params()) for one in state]
             if step % every == 0 and step:
-                best, least = _better(judge, quantized, best, least)
-            leaves = [q.dense().requires_grad_() for q in quantized]
-            with torch.enable_grad():
-                loss = next(lessons)(leaves)
-            if not torch.isfinite(loss):
+                course.offer(quantized)
+            values = [q.dense() for q in quantized]
+            gradients = course.gradients(values)
+            if gradients is None:
                 break  # what was best so far stays
-            gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
             rate = (self.rate or 1 / self.steps) * (1 - step / self.steps)
             state = [
-                one if g is None else one.moved(g, leaf.detach(), q.params, rate, self.ranges)
-                for one, g, leaf, q in zip(state, gradients, leaves, quantized, strict=True)
+                one if g is None else one.moved(g, value.detach(), q.params, rate, self.ranges)
+                for one, g, value, q in zip(state, gradients, values, quantized, strict=True)
             ]
-        best, least = _better(judge, [one.quantized(one.params()) for one in state], best, least)
-        return best, first, least
+        course.offer([one.quantized(one.params()) for one in state])
 
     def _start(self, problem: Problem, rounded: Quantized) -> Learned:
         if not isinstance(rounded.grid, ScalarGrid):
             raise ValueError(self.refuses(rounded.grid))
         return Learned.of(problem.weight.float(), rounded.grid, rounded.params)
-
-
-@torch.no_grad()
-def _judged(judge: Loss, quantized: Sequence[Quantized]) -> float:
-    loss = float(judge([q.dense() for q in quantized]))
-    return loss if math.isfinite(loss) else math.inf
-
-
-def _better(
-    judge: Loss, quantized: list[Quantized], best: list[Quantized], least: float
-) -> tuple[list[Quantized], float]:
-    loss = _judged(judge, quantized)
-    return (quantized, loss) if loss < least else (best, least)
-
-
-def _own_loss(problem: Problem) -> Loss:
-    """Squared error of a layer's output where its moments tell, of its weights where there are none."""
-    w, moments = problem.weight.float(), problem.moments
-    if moments is not None and moments.gram is not None:
-        gram = moments.gram / max(moments.tokens, 1)
-        return lambda values: ((values[0] - w) @ gram * (values[0] - w)).sum()
-    importance = torch.ones(w.shape[1]) if moments is None else moments.importance
-    return lambda values: ((values[0] - w).square() * importance.to(w)).sum()
-
-
-def _notes(name: str, first: float, least: float) -> tuple[Note, ...]:
-    ratio = least / first if first > 0 else 1.0
-    text = f"learned rounding: the error of the output is x {ratio:.3f} of plain rounding's"
-    return (Note("learned", name, text, ratio),)

@@ -1,0 +1,98 @@
+"""What a weight, or a block of them, is taught by and judged by, and the best state that was met."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
+
+import torch
+from torch import Tensor
+
+from bitmill.core.axes import Grid
+from bitmill.core.learning import BlockTask
+from bitmill.core.types import Note, Problem, Quantized
+
+CHECKS = 10  # times that progress is judged
+JUDGES = 8  # windows, at most, that do not teach and judge instead
+
+Loss = Callable[[Sequence[Tensor]], Tensor]
+
+
+class Course:
+    """Lessons without end, and the best quantized weights so far by a judge that does not teach.
+
+    Attributes:
+        best: those weights; plain rounding at first.
+        first, least: the judge's loss of plain rounding, and of ``best``.
+    """
+
+    def __init__(
+        self, problems: Sequence[Problem], grids: Sequence[Grid], lessons: Iterator[Loss], judge: Loss
+    ) -> None:
+        self._lessons, self._judge = lessons, judge
+        self.best = [
+            grid.round(p.weight.float(), None if p.moments is None else p.moments.importance)
+            for p, grid in zip(problems, grids, strict=True)
+        ]
+        self.first = self.least = self._judged(self.best)
+
+    @classmethod
+    def of_block(cls, task: BlockTask, batch: int, seed: int) -> Course:
+        """Taught by windows of a block, ``batch`` at a time, and judged by the last of them."""
+        held = min(JUDGES, max(1, task.windows // 8)) if task.windows > 1 else 0
+        judges = torch.arange(task.windows - held, task.windows) if held else torch.arange(task.windows)
+        taught = torch.arange(max(task.windows - held, 1))
+        generator = torch.Generator().manual_seed(seed)
+
+        def loss(windows: Tensor) -> Loss:
+            wanted = task.wanted(windows)
+            return lambda values: (task.outputs(values, windows) - wanted).square().mean()
+
+        def lessons() -> Iterator[Loss]:
+            while True:
+                yield loss(taught[torch.randperm(len(taught), generator=generator)[:batch]])
+
+        return cls(task.problems, task.grids, lessons(), loss(judges))
+
+    @classmethod
+    def of_layer(cls, problem: Problem, grid: Grid) -> Course:
+        """Taught and judged by the error of one weight's own output, where its moments tell; of the weight,
+        where there are none."""
+        loss = _own_loss(problem)
+        return cls([problem], [grid], repeat(loss), loss)
+
+    def gradients(self, values: Sequence[Tensor]) -> list[Tensor | None] | None:
+        """Of the next lesson's loss by these values; None where it is no number."""
+        leaves = [value.requires_grad_() for value in values]
+        with torch.enable_grad():
+            loss = next(self._lessons)(leaves)
+        if not torch.isfinite(loss):
+            return None
+        return list(torch.autograd.grad(loss, leaves, allow_unused=True))
+
+    def offer(self, quantized: list[Quantized]) -> None:
+        """Keep these where the judge prefers them."""
+        loss = self._judged(quantized)
+        if loss < self.least:
+            self.best, self.least = quantized, loss
+
+    def notes(self, name: str, what: str) -> tuple[Note, ...]:
+        """How far it came."""
+        ratio = self.least / self.first if self.first > 0 else 1.0
+        text = f"{what}: the error of the output is x {ratio:.3f} of plain rounding's"
+        return (Note("learned", name, text, ratio),)
+
+    @torch.no_grad()
+    def _judged(self, quantized: Sequence[Quantized]) -> float:
+        loss = float(self._judge([q.dense() for q in quantized]))
+        return loss if math.isfinite(loss) else math.inf
+
+
+def _own_loss(problem: Problem) -> Loss:
+    w, moments = problem.weight.float(), problem.moments
+    if moments is not None and moments.gram is not None:
+        gram = moments.gram / max(moments.tokens, 1)
+        return lambda values: ((values[0] - w) @ gram * (values[0] - w)).sum()
+    importance = torch.ones(w.shape[1]) if moments is None else moments.importance
+    return lambda values: ((values[0] - w).square() * importance.to(w)).sum()
