@@ -18,7 +18,8 @@ from bitmill.calibrate.damage import Damage
 from bitmill.checkpoint.gguf_arch import architecture_of_model
 from bitmill.core import registry
 from bitmill.core.axes import Checkpoint, Weight
-from bitmill.core.errors import BadRecipe, Refused
+from bitmill.core.errors import Refused
+from bitmill.core.sizes import size_of
 from bitmill.core.types import Row
 from bitmill.families.base import LINEAR_ROLES
 from bitmill.planning import MATRIX, Plan, plan
@@ -114,22 +115,9 @@ def limit_of(bpw: float | None, size: str | None, free: int | None, parameters: 
             raise Refused(f"{bpw} bits a weight", fix="for example --bpw 4.5")
         return floor(bpw * parameters / 8)
     if size is not None:
-        return bytes_of(size)
+        return size_of(size)
     assert free is not None
     return max(free - max(free // _SHARE, _LEAST), 0)
-
-
-def bytes_of(text: str) -> int:
-    """Bytes of ``80MiB`` (units of 1024), ``80M`` or ``80MB`` (units of 1000), or a plain number.
-
-    Raises:
-        BadRecipe: it is none of these.
-    """
-    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)([kmgt]?)(i?)b?", text.strip().lower().replace(" ", ""))
-    if found is None or (found[3] and not found[2]):
-        raise BadRecipe(f"{text!r} is no size", fix="for example 80MiB or 4.2GB")
-    unit = (1024 if found[3] else 1000) ** ("kmgt".index(found[2]) + 1 if found[2] else 0)
-    return floor(float(found[1]) * unit)
 
 
 def toml(made: Budgeted, damage: Damage) -> str:

@@ -1,5 +1,4 @@
-"""Options of GGUF recipes as llama.cpp's own tools spell them: types by tensor name, sizes of parts, names of
-pre-tokenizers."""
+"""Options of GGUF recipes as llama.cpp's own tools spell them: types by tensor, names of pre-tokenizers."""
 
 from __future__ import annotations
 
@@ -45,18 +44,6 @@ def tensor_type(pattern: str, kind: str) -> tuple[str, str]:
             f"{kind} is a mixture, and one tensor has one type", where=where, fix="for example q4_k or q6_k"
         )
     return pattern, str(grid or registry.parse_grid(kind))
-
-
-def size_of(text: str) -> int:
-    """Bytes of ``500M``, ``2G`` or a plain number; units are decimal, as in ``llama-gguf-split``.
-
-    Raises:
-        BadRecipe: it is none of these.
-    """
-    found = re.fullmatch(r"0*([1-9]\d{0,17})([kmg]?)b?", text.strip().lower())
-    if found is None:
-        raise BadRecipe(f"{text!r} is no size", fix="for example 500M or 2G")
-    return int(found[1]) * 1000 ** ("kmg".index(found[2]) + 1 if found[2] else 0)
 
 
 def pre_tokenizer(text: str) -> str:

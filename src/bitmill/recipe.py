@@ -31,8 +31,9 @@ from bitmill.core.axes import Container, InputContainer, Solver, Transform
 from bitmill.core.errors import BadRecipe
 from bitmill.core.inputs import parse_inputs
 from bitmill.core.learning import ModelSolver
+from bitmill.core.sizes import size_of
 from bitmill.core.types import Split
-from bitmill.gguf_options import pre_tokenizer, size_of, tensor_type
+from bitmill.gguf_options import pre_tokenizer, tensor_type
 from bitmill.known import KNOWN, PRESETS
 
 if sys.version_info >= (3, 11):

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from bitmill.budgeting import budgeted, bytes_of, limit_of
+from bitmill.budgeting import budgeted, limit_of
 from bitmill.calibrate.damage import Damage
-from bitmill.core.errors import Refused
+from bitmill.core.errors import BadRecipe, Refused
+from bitmill.core.sizes import size_of
 from bitmill.recipe import parse
 from bitmill.source import open_source
 from tests.cli.command import Command
@@ -83,10 +84,10 @@ def test_limits() -> None:
     assert limit_of(4.5, None, None, 1000) == 562
     assert limit_of(None, "80MiB", None, 1) == 80 << 20
     assert limit_of(None, None, 100 << 30, 1) == 80 << 30 and limit_of(None, None, 2 << 30, 1) == 1 << 30
-    assert (bytes_of("1.5 GB"), bytes_of("700"), bytes_of("2k")) == (1_500_000_000, 700, 2000)
-    for wrong in ("", "80ib", "-3M", "M", "1e9"):
-        with pytest.raises(Refused, match="is no size"):
-            bytes_of(wrong)
+    assert (size_of("1.5 GB"), size_of("700"), size_of("2k")) == (1_500_000_000, 700, 2000)
+    for wrong in ("", "0", "0.1", "80ib", "-3M", "M", "1e9", "9" * 30):
+        with pytest.raises(BadRecipe, match="is no size"):
+            size_of(wrong)
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,8 @@ def wanted(
 
 def _typed(recipe: Recipe, types: Types) -> Recipe:
     from bitmill.core.registry import parse_grid
-    from bitmill.gguf_options import pre_tokenizer, size_of, tensor_type
+    from bitmill.core.sizes import size_of
+    from bitmill.gguf_options import pre_tokenizer, tensor_type
 
     said = {"embed": types.embedding, "head": types.output}
     roles = {role: str(parse_grid(grid)) for role, grid in said.items() if grid is not None}
