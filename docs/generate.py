@@ -33,7 +33,7 @@ from bitmill.cli.quantize import quantize
 from bitmill.cli.recipes import SENTENCE, recipes
 from bitmill.core import registry
 from bitmill.core.axes import Container, Grid
-from bitmill.core.inputs import EXAMPLES
+from bitmill.core.inputs import CACHES, EXAMPLES
 from bitmill.known import KNOWN
 from bitmill.recipe import ROLES, parse
 
@@ -127,6 +127,12 @@ def recipes_page() -> str:
                     "`input=GRID`",
                     "what the inputs of the quantized linears in the blocks are rounded to at run time; "
                     "embedding, head and what is kept are left: see below",
+                ],
+                [
+                    "`cache=GRID`",
+                    "what keys and values are rounded to on their way into the cache, by scales that "
+                    f"calibration fixes: {', '.join(f'`{text}`' for text in CACHES)}; `fp8` is short for the "
+                    "first. In compressed-tensors folders and Bitmill's own",
                 ],
                 ["`dtype=bf16`", "precision of what is kept and of scales: `f32`, `f16` or `bf16`"],
             ],

@@ -14,7 +14,17 @@ AXES = ("transforms", "grids", "solvers", "allocation", "containers")
 _BASE = {"core"}
 _NUMERIC = _BASE | {"numerics"}
 _FACTS = _NUMERIC | {"families", "checkpoint"}
-_PLANNED = _FACTS | {"known", "recipe", "source", "calibrate", "forecast", "inputs", "gguf_options", *AXES}
+_PLANNED = _FACTS | {
+    "known",
+    "recipe",
+    "source",
+    "calibrate",
+    "forecast",
+    "inputs",
+    "caching",
+    "gguf_options",
+    *AXES,
+}
 _MILLED = _PLANNED | {"planning", "journal", "folding", "fitting", "account"}
 
 ARROWS: dict[str, set[str]] = {
@@ -36,6 +46,7 @@ ARROWS: dict[str, set[str]] = {
     "gguf_options": _BASE | {"allocation"},
     "forecast": _BASE,
     "inputs": _NUMERIC | {"families"},
+    "caching": _NUMERIC | {"families"},
     "journal": _BASE,
     "tuning_plan": _NUMERIC | {"forecast"},
     "held_out": _BASE | {"calibrate", "tuning_plan"},

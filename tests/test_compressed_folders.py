@@ -1,4 +1,4 @@
-"""compressed-tensors folders as others write them: activation order, rotations, scales of a cache.
+"""compressed-tensors folders as others write them: activation order, rotations.
 
 Judged by the package itself in tests/oracles/test_compressed_rotations.py; here all parts are made by hand.
 """
@@ -138,11 +138,3 @@ def test_inputs_rounded_in_a_rotated_basis(folder: Path, tmp_path: Path) -> None
     asked = rotated("input", "hadamard")
     with pytest.raises(Refused, match="rotated basis"):
         open_path(edited(tmp_path / "made", tmp_path / "a", {}, transform_config=asked))
-
-
-def test_scales_of_a_cache_are_left_out_and_named(folder: Path, tmp_path: Path) -> None:
-    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
-    scales = {f"model.layers.0.self_attn.{x}_scale": torch.ones(1) for x in "kv"}
-    found = open_path(edited(folder, tmp_path / "a", {**scales}, kv_cache_scheme=scheme))
-    assert set(found.tensors) == set(open_path(folder).tensors)
-    assert "k_scale, v_scale" in str(unread(found))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from bitmill import mill
 from bitmill.checkpoint.stored_types import unread
 from bitmill.containers.modelopt import Modelopt
-from bitmill.core.axes import inputs_of
+from bitmill.core.axes import cache_of, inputs_of
 from bitmill.core.errors import BadFile, Refused
 from bitmill.core.registry import parse_grid
 from bitmill.numerics.inputs import rounded
@@ -114,7 +114,7 @@ def test_inputs_are_rounded_as_its_runtimes_do(model: Path, tmp_path: Path, grid
     exported(model, tmp_path / "out", {"": grid}, NVFP4 if grid == "nvfp4" else FP8)
     source = open_path(tmp_path / "out")
     found = inputs_of(source)
-    assert len(found) == 7 and "k_scale, v_scale" in str(unread(source))
+    assert len(found) == 7 and unread(source) is None
     how = found[NAME]
     wanted = {"nvfp4": "nvfp4", "mxfp8": "mxfp8-ceil"}.get(grid, "fp8-e4m3-tensor-static")
     assert str(how.grid) == wanted
@@ -195,3 +195,47 @@ def test_inputs_that_are_scaled(model: Path, tmp_path: Path) -> None:
     save_file({**load_file(path), **more}, path, {"format": "pt"})
     with pytest.raises(Refused, match="pre_quant_scale"):
         open_path(tmp_path / "out")
+
+
+def test_the_cache_is_rounded_as_its_runtimes_do(model: Path, tmp_path: Path) -> None:
+    """Scales stand beside the projections; one that is not stored is 1."""
+    exported(model, tmp_path / "out", {"": "fp8-e4m3-tensor"}, FP8)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    tensors["model.layers.0.self_attn.k_proj.k_scale"] = torch.tensor(0.25)
+    tensors = {name: value for name, value in tensors.items() if not name.endswith("v_scale")}
+    tensors["model.layers.0.self_attn.v_proj.v_scale"] = torch.tensor(0.5)
+    save_file(tensors, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    source = open_path(tmp_path / "out")
+    layers = int(source.config["num_hidden_layers"])
+    found = {name: float(how.fixed["scale"]) for name, how in cache_of(source).items()}
+    wanted = {f"model.layers.{i}.self_attn.{x}_scale": 1.0 for i in range(layers) for x in "kv"}
+    wanted |= {"model.layers.0.self_attn.k_scale": 0.25, "model.layers.0.self_attn.v_scale": 0.5}
+    assert found == wanted
+    assert {str(how.grid) for how in cache_of(source).values()} == {"fp8-e4m3-tensor-static"}
+
+
+@pytest.mark.parametrize(
+    ("told", "scales"),
+    [
+        ({"kv_cache_quant_algo": None}, 0),
+        ({"kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": False}}, 2),
+        ({"kv_cache_quant_algo": "NVFP4"}, None),
+        ({"kv_cache_scheme": {"num_bits": 4, "type": "float"}}, None),
+    ],
+)
+def test_how_settings_speak_of_the_cache(
+    model: Path, tmp_path: Path, told: dict[str, Any], scales: int | None
+) -> None:
+    exported(model, tmp_path / "out", {"": "fp8-e4m3-tensor"}, FP8)
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    del config["quantization_config"]["kv_cache_quant_algo"]
+    config["quantization_config"] |= told
+    path.write_text(json.dumps(config))
+    if scales is None:
+        with pytest.raises(Refused, match="keys and values"):
+            open_path(tmp_path / "out")
+        return
+    source = open_path(tmp_path / "out")
+    assert len(cache_of(source)) == scales * int(source.config["num_hidden_layers"])
+    assert (unread(source) is None) == bool(scales)

@@ -16,6 +16,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+from bitmill.caching import with_stored_cache
 from bitmill.checkpoint.read_only import ReadOnly
 from bitmill.checkpoint.stored_types import type_of, unread
 from bitmill.core import registry
@@ -136,6 +137,7 @@ def plan_conversion(
         raise _refused(wanted, container, source, chosen, lost, [f for f in found if f.stored])
     closest = _closest_grids(source, container, chosen, found, lost)
     rows, unsaid = _with_inputs([_row(f, chosen, closest) for f in found], container, source)
+    rows, unheard = with_stored_cache(rows, container, source)
     recipe = replace(wanted, solver=call, dtype=dtype)
     rows, files = _laid_out(rows, found, recipe, container, source, chosen)
     remarks = [
@@ -143,6 +145,7 @@ def plan_conversion(
         *_growth(rows, source),
         *_losses(closest, lost),
         *unsaid,
+        *unheard,
         *filter(None, [unread(source)]),
     ]
     return _made(recipe, family, rows, files, container, source, chosen, tuple(remarks), out)
@@ -178,10 +181,12 @@ def _on_named_grids(wanted: Recipe, source: Checkpoint, out: Path | None, dtype:
         rows.append(replace(row, why=_said(was, row.grid) if exact else f"{_ANEW} {was}"))
     told, lost = _with_inputs(made.rows, made.container, source)
     rows = [replace(row, inputs=one.inputs) for row, one in zip(rows, told, strict=True)]
+    (*rows,), unheard = with_stored_cache(rows, made.container, source)
+    told = (*told, *rows[len(told) :])
     files = made.container.files(told, source, _provenance(recipe, source))
-    known = ("the source is quantized already", "the source rounds inputs")
+    known = ("the source is quantized already", "the source rounds ")
     remarks = [r for r in made.remarks if not r.startswith(known)]
-    remarks += [*_growth(rows, source), *lost]
+    remarks += [*_growth(rows, source), *lost, *unheard]
     return _made(
         recipe, made.family, tuple(rows), files, made.container, source, made.dtype, tuple(remarks), out
     )

@@ -150,6 +150,11 @@ class Told:
                 f"{learns} learns from what the model puts out; moments of its inputs do not tell",
                 fix="calibrate: --calib TEXT instead of --moments or --imatrix",
             )
+        if any(row.cache for row in made.rows) and (self.moments is not None or self.matrices):
+            raise Refused(
+                f"cache={wanted.cache} needs the range of keys and values; moments of inputs do not tell it",
+                fix="calibrate: --calib TEXT instead of --moments or --imatrix",
+            )
         if self.matrices and (self.calib is not None or self.moments is not None):
             raise Refused("--imatrix stands instead of --calib and --moments", fix="give one of them")
         return made

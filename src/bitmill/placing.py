@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from bitmill.core.axes import Checkpoint, Grid, Solver, inputs_of
+from bitmill.caching import CacheRange, same_cache
+from bitmill.calibrate.stream import Block
+from bitmill.core.axes import Checkpoint, Grid, Solver, cache_of, inputs_of
 from bitmill.core.errors import Unsolvable
 from bitmill.core.types import Moments, Note, Params, Problem, Quantized, Row, Solution
 from bitmill.inputs import fixed_by, same_inputs
@@ -38,6 +40,7 @@ class Placing:
     def __post_init__(self) -> None:
         self._sample: dict[str, tuple[str, Tensor, Params]] = {}
         self._stacks: dict[str, bool] = {}
+        self._scales: dict[str, Tensor] = {}
 
     def solve(
         self, rows: Sequence[Row], tensors: Mapping[str, Tensor], moments: Moments | None
@@ -99,6 +102,25 @@ class Placing:
             if not row.solved:
                 self.write(row, row.grid.round(tensors[row.name].float()))
 
+    def watch_cache(self, block: Block) -> dict[Row, CacheRange]:
+        """From now on, the ranges of the block's keys and values, by the scales that they are to fix."""
+        found: dict[str, CacheRange] = {}
+        ranges: dict[Row, CacheRange] = {}
+        for row in self.plan.rows:
+            if row.cache is not None and row.layer == block.index:
+                path = row.name.rpartition(".")[0]
+                if path not in found:
+                    found[path] = CacheRange()
+                    block.watch_cache(path.removeprefix(block.prefix), found[path].see)
+                ranges[row] = found[path]
+        return ranges
+
+    def write_cache(self, ranges: Mapping[Row, CacheRange]) -> None:
+        """The scales of a block's cache, once all tokens have gone through it."""
+        for row, seen in ranges.items():
+            scale = self._scales[row.name] = seen.scale(row, self.plan.dtype)["scale"]
+            self.write(row, row.grid.round(scale))
+
     def write(self, row: Row, quantized: Quantized) -> None:
         """Lay out a weight, and write it to its slots."""
         for slot, data in self.plan.container.pack(row, quantized, self.source).items():
@@ -118,6 +140,7 @@ class Placing:
         written = self.plan.container.open(self.space.payload)
         fixed = {name: inputs for name, _, inputs in self._sample.values()}
         told = same_inputs(inputs_of(written), self.plan.rows, fixed)
+        told = told and same_cache(cache_of(written), self.plan.rows, self._scales)
         for name, rows, _ in self._sample.values():
             if not told or not torch.equal(written.read(name)[: rows.shape[0]].float(), rows):
                 raise Unsolvable(

@@ -19,6 +19,7 @@ from typing import Any
 
 from bitmill.allocation.mixture import Mixture, demands_importance
 from bitmill.allocation.uniform import Uniform
+from bitmill.caching import cache_remarks, with_cache
 from bitmill.checkpoint.gguf_arch import architecture_of_model
 from bitmill.checkpoint.gguf_config import unheard
 from bitmill.checkpoint.stored_types import requantized, unread
@@ -87,7 +88,7 @@ class Plan:
     @property
     def parameters(self) -> int:
         """Weights stored."""
-        return sum(math.prod(row.shape) for row in self.rows)
+        return sum(math.prod(row.shape) for row in self.rows if row.cache is None)
 
     @property
     def bpw(self) -> float:
@@ -188,6 +189,7 @@ class Plan:
                     "why": r.why,
                     "fallback": r.fallback,
                     "inputs": str(r.inputs) if r.inputs else None,
+                    "cache": str(r.cache) if r.cache else None,
                 }
                 for r in self.rows
             ],
@@ -233,9 +235,11 @@ def plan(
         if needs == "nothing":
             needs = "diagonal"
             remarks += (f"{blind.grid} needs to know a weight's inputs: the run calibrates first",)
-    rows = with_inputs(rows, recipe.input, container, recipe.container.replace("_", "-"))
-    remarks += input_remarks(rows, checkpoint)
-    if needs == "nothing" and any(row.inputs.fixed for row in rows if row.inputs is not None):
+    called = recipe.container.replace("_", "-")
+    rows = with_inputs(rows, recipe.input, container, called)
+    rows = with_cache(rows, recipe.cache, container, called, checkpoint.config)
+    remarks += input_remarks(rows, checkpoint) + cache_remarks(rows, checkpoint)
+    if needs == "nothing" and any(row.cache or (row.inputs and row.inputs.fixed) for row in rows):
         needs = "diagonal"
     remarks += _unheard(recipe, rows, container, checkpoint, dtype)
     again = requantized(checkpoint) if any(str(row.grid) not in BYTES for row in rows) else None

@@ -29,7 +29,7 @@ from bitmill.allocation.mixture import Mixture
 from bitmill.core import registry
 from bitmill.core.axes import Container, InputContainer, Solver, Transform
 from bitmill.core.errors import BadRecipe
-from bitmill.core.inputs import parse_inputs
+from bitmill.core.inputs import parse_cache, parse_inputs
 from bitmill.core.learning import ModelSolver
 from bitmill.core.sizes import size_of
 from bitmill.core.types import Split
@@ -48,7 +48,7 @@ ROLES = ("embed", "head", "q", "k", "v", "o", "gate", "up", "down", "router", "l
 
 DTYPES = ("f32", "f16", "bf16")
 
-_OPTIONS = ("keep", "fallback", "dtype", "input")
+_OPTIONS = ("keep", "fallback", "dtype", "input", "cache")
 _OF_GGUF = ("split-max-size", "split-max-tensors", "pre-tokenizer")
 
 
@@ -84,11 +84,13 @@ class Recipe:
         split_max_size, split_max_tensors: the most that a part of a GGUF output may hold, in bytes and in
         tensors; 0 is no limit, and without any limit the output is one file.
         input: what the inputs of the quantized linears are rounded to at run time; None leaves them.
+        cache: what keys and values are rounded to on their way into the cache; None leaves them.
         tune: what learns with the whole model after the solver; None for nothing.
         pre_tokenizer: llama.cpp's name of how text is cut into words, for a GGUF output; None recognises it.
 
     Raises:
-        BadRecipe: ``tensors`` or ``pure`` without a mixture and GGUF; parts without GGUF.
+        BadRecipe: ``tensors`` or ``pure`` without a mixture and GGUF; parts without GGUF; ``cache`` with
+            ``tune``.
     """
 
     transforms: tuple[Call, ...]
@@ -106,6 +108,7 @@ class Recipe:
     split_max_tensors: int = 0
     pre_tokenizer: str | None = None
     input: str | None = None
+    cache: str | None = None
     tune: Call | None = None
 
     def __post_init__(self) -> None:
@@ -121,11 +124,17 @@ class Recipe:
             raise BadRecipe("only GGUF outputs are split", where=self.container.replace("_", "-"))
         if self.container != "gguf" and self.pre_tokenizer is not None:
             raise BadRecipe("only GGUF names a pre-tokenizer", where=self.container.replace("_", "-"))
+        if self.cache is not None and self.tune is not None:
+            raise BadRecipe(
+                f"{self.tune} moves keys and values after the scales of cache={self.cache} are fixed",
+                fix="one of the two",
+            )
 
     def __str__(self) -> str:
         axes = " + ".join(map(str, (*self.transforms, *self.solvers)))
         options = [f"{role}={grid}" for role, grid in self.roles]
         options += [f"input={self.input}"] if self.input else []
+        options += [f"cache={self.cache}"] if self.cache else []
         options += [f"/{pattern}/={kind}" for pattern, kind in self.tensors]
         options += ["pure"] if self.pure else []
         options += [f"keep={'+'.join(self.keep)}"] if self.keep else []
@@ -215,7 +224,7 @@ def _parse_line(text: str, known: Mapping[str, str]) -> Recipe:
     head, *options = _split(rest)
     grid = _grid_text(head, made)
     fields = _fields(options, patterns)
-    layout = _container(container.strip(), grid, "input" in fields)
+    layout = _container(container.strip(), grid, bool({"input", "cache"} & fields.keys()))
     return Recipe(tuple(transforms), solver, grid, layout.name, layout.options, **fields, tune=tune)
 
 
@@ -251,6 +260,8 @@ def _fields(options: list[str], patterns: list[str]) -> dict[str, Any]:
             fields["fallback"] = str(registry.parse_grid(value))
         elif key == "input":
             fields["input"] = str(parse_inputs(value))
+        elif key == "cache":
+            fields["cache"] = str(parse_cache(value))
         elif key == "dtype":
             if value not in DTYPES:
                 raise BadRecipe(f"dtype={value!r}", fix=f"one of {', '.join(DTYPES)}")
@@ -275,9 +286,9 @@ def _fields(options: list[str], patterns: list[str]) -> dict[str, Any]:
 def from_toml(path: Path) -> Recipe:
     """A recipe from a file.
 
-    It holds ``recipe = "…"``, or the keys ``transforms solver grid container keep fallback dtype input pure
-    split-max-size split-max-tensors pre-tokenizer`` and the tables ``[roles]`` and ``[tensors]``. Unknown
-    keys are errors.
+    It holds ``recipe = "…"``, or the keys ``transforms solver grid container keep fallback dtype input
+    cache pure split-max-size split-max-tensors pre-tokenizer`` and the tables ``[roles]`` and ``[tensors]``.
+    Unknown keys are errors.
 
     Raises:
         BadRecipe: the file does not exist, does not parse, or holds an unknown key.

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from bitmill.account import Report
+from bitmill.caching import same_cache
 from bitmill.conversion import plan_conversion, target
-from bitmill.core.axes import Checkpoint, Container, inputs_of
+from bitmill.core.axes import Checkpoint, Container, cache_of, inputs_of
 from bitmill.core.errors import Refused, Unsolvable
 from bitmill.core.types import Inputs, Note, Quantized, Row
 from bitmill.grids.dense import Dense
@@ -62,6 +63,7 @@ class Transfer:
     def __post_init__(self) -> None:
         self.container: Container = self.plan.container
         self.inputs: Mapping[str, Inputs] = inputs_of(self.stored)
+        self.cache = {name: how.fixed["scale"] for name, how in cache_of(self.stored).items()}
 
     def run(self, identity: Mapping[str, Any], done: Sequence[Mapping[str, Any]], started: float) -> Report:
         """Every unit that is not done yet; the report of all of them."""
@@ -102,9 +104,12 @@ class Transfer:
         """
         written = self.container.open(self.space.payload)
         told = inputs_of(written)
+        scales = {row.name: self.cache[row.name] for row in self.plan.rows if row.cache is not None}
+        if not same_cache(cache_of(written), self.plan.rows, scales):
+            raise Unsolvable("scales of the cache do not read back as they are", where=str(self.space.out))
         for at, row in enumerate(self.plan.rows):
             self.tell("verify", at, len(self.plan.rows), row.name)
-            if not self.container.slots(row, self.source):
+            if row.cache is not None or not self.container.slots(row, self.source):
                 continue
             found = written.read(row.name)
             wanted = found if row.name in self.tensors else self._from(row).read(row.name)
@@ -124,6 +129,9 @@ class Transfer:
         return self.source if kept else self.stored
 
     def _row(self, row: Row) -> None:
+        if row.cache is not None:
+            self._write(row, row.grid.round(self.cache[row.name]))
+            return
         stored = self._from(row).stored(row.name)
         if stored is None or isinstance(stored.grid, Dense):
             self._dense(row, self._from(row).read(row.name))

@@ -182,7 +182,7 @@ class Walk:
                 at += len(data)
 
     def _block(self, index: int, stream: Stream | None, hidden: Tensor | None) -> Tensor | None:
-        rows = [row for row in self.plan.rows if row.layer == index]
+        rows = [row for row in self.plan.rows if row.layer == index and row.cache is None]
         if stream is None and not self.known:
             for row in rows:
                 self._solve_alone(row)
@@ -245,11 +245,13 @@ class Walk:
             if not row.solved:
                 block.assign(row.name.removeprefix(block.prefix), tensors[row.name])
         self.placing.write_kept(rows, tensors)
+        cache = self.placing.watch_cache(block)
         for a in range(0, hidden.shape[0], batch):
             after = block.forward(hidden[a : a + batch])
             if a == 0:
                 self._canary(block.index, hidden[:1], before, after[:1])
             hidden[a : a + batch] = after
+        self.placing.write_cache(cache)
         return hidden
 
     @torch.no_grad()
@@ -278,12 +280,14 @@ class Walk:
             path: _Stage(group, self._sum(group, hidden, self._cross), solve, twin)
             for path, group in zip(paths, groups, strict=True)
         }
+        cache = self.placing.watch_cache(block)
         try:
             block.in_step(hidden, gates, batch)
         finally:
             if twin is not None:
                 twin.close()
         self.placing.write_kept(rows, tensors)
+        self.placing.write_cache(cache)
         self._canary(block.index, first, before, hidden[:1])
         return hidden
 
@@ -327,7 +331,9 @@ class Walk:
         for stack, solution, m in zip(stacks, solver.learn(task), known, strict=True):
             self._assign(block, stack, self.placing.accept(stack, solution, tensors, m), m)
         self.placing.write_kept(rows, tensors)
+        cache = self.placing.watch_cache(block)
         hidden.copy_(block.run(hidden, batch))
+        self.placing.write_cache(cache)
         self._original = wanted
         self._canary(block.index, first, before, hidden[:1])
         return hidden

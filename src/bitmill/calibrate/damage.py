@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from bitmill.calibrate.tokens import Calibration
 from bitmill.calibrate.windows import tokens_sha256
 from bitmill.core import registry
-from bitmill.core.axes import Checkpoint, inputs_of
+from bitmill.core.axes import Checkpoint, cache_of, inputs_of
 from bitmill.core.errors import BadFile, Refused, Unsolvable
 from bitmill.families.base import LINEAR_ROLES, describe
 from bitmill.run.load import load_model
@@ -113,9 +113,9 @@ def measure_damage(
         Unsolvable: a gradient is NaN or infinite.
     """
     _refuse_memory(source, calibration.tokens.shape[1], device)
-    if inputs_of(source):
+    if inputs_of(source) or cache_of(source):
         raise Refused(
-            "the source rounds the inputs of its layers, and no gradient goes through that",
+            "the source rounds the inputs of its layers or its cache, and no gradient goes through that",
             where=str(source.path),
             fix="measure damage on the original model",
         )

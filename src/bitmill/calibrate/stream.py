@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from bitmill.calibrate.experts import Experts, opened
 from bitmill.calibrate.head import Head
 from bitmill.calibrate.skeleton import empty_model, final_norm_path, find_layers, path_of, scaled_logits
-from bitmill.core.axes import Checkpoint, inputs_of
+from bitmill.core.axes import Checkpoint, cache_of, inputs_of
 from bitmill.core.errors import BadFile, Refused
 from bitmill.core.types import Inputs
 from bitmill.families.base import describe
+from bitmill.numerics.cache import Change, cache_changes, check_cache, watch_cache
 from bitmill.numerics.expert_inputs import check_all_inputs
 from bitmill.numerics.inputs import input_hook, rounded
 
@@ -74,6 +75,10 @@ class Block:
         """Every linear layer by its path inside the block."""
         canonical = self._stream.family.canonical
         return {canonical(p): m for p, m in self.module.named_modules() if isinstance(m, nn.Linear)}
+
+    def watch_cache(self, path: str, change: Change) -> None:
+        """Let keys and values of the attention at ``path`` go through ``change`` before it sees them."""
+        watch_cache(self.module.get_submodule(self._stream.family.inside(path)), change)
 
     def assign(self, name: str, value: Tensor) -> None:
         """Replace a parameter by its path inside the block (``mlp.up_proj.weight``)."""
@@ -243,7 +248,8 @@ class Stream:
         device: where blocks run.
         dtype: what they compute in; float32 unless memory forbids it.
         read: where dense tensors come from; the checkpoint itself unless a transform changes them on the way.
-        inputs: how the inputs of linears are rounded, by weight name; None does as the checkpoint says.
+        inputs: how the inputs of linears are rounded, by weight name; None does as the checkpoint says, with
+            the keys and values of its cache, too.
 
     Raises:
         Refused: transformers does not know the architecture, its body is not a plain list of blocks, or
@@ -268,6 +274,9 @@ class Stream:
         self._inputs = inputs_of(checkpoint) if inputs is None else inputs
         joined, where = self.family.joined, str(checkpoint.path)
         check_all_inputs(self._model, self.layers_path, self._inputs, joined, where)
+        cache = cache_of(checkpoint) if inputs is None else {}
+        check_cache(self._model, cache, where)
+        self._cache = cache_changes(cache)
 
     @property
     def layers(self) -> int:
@@ -310,6 +319,9 @@ class Stream:
         for path in block.linears():
             if f"{prefix}{path}.weight" in self._inputs:
                 block.inputs[path] = self._inputs[f"{prefix}{path}.weight"]
+        for path, change in self._cache.items():
+            if path.startswith(prefix):
+                block.watch_cache(path.removeprefix(prefix), change)
         return block
 
     def blocks(self) -> Iterator[Block]:

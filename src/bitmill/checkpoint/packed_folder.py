@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,8 @@ from bitmill.core.axes import InputCheckpoint
 from bitmill.core.errors import BadFile
 from bitmill.core.inputs import InputGrid
 from bitmill.core.types import Inputs, Quantized, TensorFacts
+
+_CACHE_SCALE = re.compile(r"(.+?)(?:\.([kv])_proj)?\.([kv]_scale|output_scale)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +53,7 @@ class PackedFolder(InputCheckpoint):
         packed: quantized weights by canonical name.
         aside: stored tensors that are no weights (scales of activations, of a cache).
         inputs: how the inputs of linears are rounded when the model runs, by weight name.
+        cache: how keys and values are, by the name of their scale.
         used: stored tensors that are in the values of weights already, or are stacks of several.
 
     Raises:
@@ -64,13 +68,16 @@ class PackedFolder(InputCheckpoint):
         aside: Collection[str] = (),
         inputs: Mapping[str, Inputs] | None = None,
         used: Collection[str] = (),
+        cache: Mapping[str, Inputs] | None = None,
     ) -> None:
         self.path: Path = folder.path
         self.folder = folder
         self._packed = packed
         self._inputs = MappingProxyType(dict(inputs or {}))
+        self._cache = MappingProxyType(dict(cache or {}))
         told = {name.rpartition(".")[0] for name in self._inputs}
-        self._unread = tuple(name for name in sorted(aside) if not _is_input(name, told))
+        rest = (name for name in sorted(aside) if not _is_input(name, told))
+        self._unread = tuple(name for name in rest if cache_name(name) not in self._cache)
         owners: dict[str, str] = {}
         for name, weight in packed.items():
             for part in weight.parts:
@@ -105,6 +112,10 @@ class PackedFolder(InputCheckpoint):
     @property
     def inputs(self) -> Mapping[str, Inputs]:
         return self._inputs
+
+    @property
+    def cache(self) -> Mapping[str, Inputs]:
+        return self._cache
 
     @property
     def unread(self) -> tuple[str, ...]:
@@ -179,6 +190,49 @@ def checked_inputs(grid: InputGrid, fixed: Mapping[str, Tensor], where: str) -> 
         ):
             raise BadFile(f"{value} is no {key} of inputs on {grid}", where=where)
     return Inputs(grid, {key: stored.to(torch.float32).reshape(1) for key, stored in fixed.items()})
+
+
+def cache_name(stored: str) -> str | None:
+    """What the scale of a cache is called here, whatever a file calls it: it may stand beside the projection
+    that makes the keys, as a scale of its output, too; None for any other tensor."""
+    found = _CACHE_SCALE.fullmatch(stored)
+    if found is None:
+        return None
+    attention, side, part = found.groups()
+    part = f"{side}_scale" if part == "output_scale" and side else part
+    return f"{attention}.{part}" if part in ("k_scale", "v_scale") and side in (None, part[0]) else None
+
+
+def stored_cache(folder: TensorFolder, grid: InputGrid, heads: int) -> dict[str, Inputs]:
+    """The scales of a cache that a folder holds, by :func:`cache_name`.
+
+    Raises:
+        BadFile: one is stored twice, has no partner, is of another shape, or is no scale.
+    """
+    found: dict[str, Inputs] = {}
+    for stored in folder.records:
+        name = cache_name(stored)
+        if name is None:
+            continue
+        record, where = folder.record(stored), f"{stored} in {folder.path}"
+        if name in found:
+            raise BadFile("this scale of a cache is stored twice", where=where)
+        shapes = ((heads, 1, 1),) if grid.extent == "head" else ((), (1,), (1, 1))
+        if record.dtype not in DENSE or record.shape not in shapes:
+            raise BadFile(
+                f"it is {record.dtype} {list(record.shape)} and must be a scale of shape {list(shapes[-1])}",
+                where=where,
+            )
+        scale = folder.read(stored).to(torch.float32)
+        if not bool((scale.isfinite() & (scale > 0)).all()):
+            raise BadFile("a scale of a cache is not positive and finite", where=where)
+        found[name] = Inputs(grid, {"scale": scale if grid.extent == "head" else scale.reshape(1)})
+    for name in found:
+        attention, _, part = name.rpartition(".")
+        partner = f"{attention}.{'v' if part == 'k_scale' else 'k'}_scale"
+        if partner not in found:
+            raise BadFile(f"there is {name!r} and no {partner!r}", where=str(folder.path))
+    return found
 
 
 def one_number(folder: TensorFolder, name: str, types: Collection[str] = tuple(DENSE)) -> Tensor:

@@ -46,7 +46,9 @@ def inspect(
         bitmill inspect model.gguf
         bitmill inspect ./model --outliers --json
     """
+    from bitmill.caching import said_of_cache
     from bitmill.checkpoint.imatrix import is_imatrix, read_imatrix
+    from bitmill.core.axes import cache_of
     from bitmill.source import open_source
 
     if is_imatrix(Path(file)):
@@ -62,6 +64,7 @@ def inspect(
         "bits": sum(e["bits"] for e in entries),
     }
     whole["bpw"] = whole["bits"] / max(whole["parameters"], 1)
+    whole["cache"] = {name: str(how.grid) for name, how in cache_of(checkpoint).items()}
     plain = {key: _plain(value) for key, value in checkpoint.metadata.items()}
     if json:
         say.emit({**whole, "metadata": plain, "entries": entries})
@@ -71,6 +74,9 @@ def inspect(
     )
     say.result(f"{say.size(whole['bits'] / 8)} of tensor data, {whole['bpw']:.3f} bits a weight\n")
     say.result(_by_grid(entries) if not tensors else _by_tensor(entries))
+    cached = said_of_cache(checkpoint)
+    if cached is not None:
+        say.result(f"\n{cached}")
     if outliers:
         say.result(f"\nlargest |w| against the root mean square, the {WORST} worst")
         worst = sorted(entries, key=lambda e: -e["outlier"])[:WORST]

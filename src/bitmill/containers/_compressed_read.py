@@ -18,14 +18,15 @@ from bitmill.checkpoint.packed_folder import (
     checked_inputs,
     from_quantized,
     one_number,
+    stored_cache,
 )
 from bitmill.checkpoint.rotations import Rotation, folded, is_matrix, rotations
 from bitmill.checkpoint.safetensors import DENSE, TensorFolder
 from bitmill.core.axes import Grid
 from bitmill.core.errors import BadFile, Refused
-from bitmill.core.inputs import InputGrid, find_inputs
+from bitmill.core.inputs import CACHES, InputGrid, find_inputs
 from bitmill.core.types import Inputs, Quantized
-from bitmill.families.base import describe
+from bitmill.families.base import describe, traits
 from bitmill.grids.integer import Integer
 from bitmill.grids.minifloat import Minifloat
 from bitmill.numerics.bits import packed_words, unpack
@@ -43,16 +44,18 @@ _E4M3 = {"tensor": "tensor", "channel": "channel", "block": "b128"}
 
 def open_folder(path: Path) -> PackedFolder:
     """The folder as a checkpoint. What the model rotates while it runs is folded into its weights, which are
-    then dense to a reader; scales of a cache are left aside.
+    then dense to a reader.
 
     Raises:
-        Refused: layouts that no grid here describes, rotations that cannot be folded.
+        Refused: layouts that no grid here describes, rotations that cannot be folded, a cache in other ways
+            than with fixed scales.
         BadFile: settings and tensors do not fit together.
     """
     folder, config = TensorFolder(path), read_config(path)
     settings = config["quantization_config"]
-    asked, told = rotations(settings, path), settings.get("transform_config")
-    groups = _checked_groups(settings, path) if settings.get("config_groups") or not told else []
+    asked = rotations(settings, path)
+    also = settings.get("transform_config") or settings.get("kv_cache_scheme")
+    groups = _checked_groups(settings, path) if settings.get("config_groups") or not also else []
     packed, inputs = {}, {}
     for name in folder.records:
         if name.endswith(_SCALE):
@@ -65,7 +68,7 @@ def open_folder(path: Path) -> PackedFolder:
     if asked:
         _fold(folder, config, asked, packed, inputs, matrices)
     aside = {name for name in folder.records if _ASIDE.search(name)}
-    return PackedFolder(folder, config, packed, aside, inputs, matrices)
+    return PackedFolder(folder, config, packed, aside, inputs, matrices, _cache(folder, config))
 
 
 def _fold(
@@ -199,6 +202,32 @@ def _inputs(folder: TensorFolder, module: str, about: Mapping[str, Any], columns
     return checked_inputs(grid, fixed, where)
 
 
+def _cache(folder: TensorFolder, config: Mapping[str, Any]) -> dict[str, Inputs]:
+    """How keys and values are rounded on their way into the cache; scales that the settings do not speak of
+    are left.
+
+    Raises:
+        Refused: in a way that is not known here.
+        BadFile: the scales are missing, or are none.
+    """
+    about, where = config["quantization_config"].get("kv_cache_scheme"), f"{folder.path}: kv_cache_scheme"
+    if about is None:
+        return {}
+    if not isinstance(about, dict):
+        raise BadFile(f"a cache described as {about!r} means nothing", where=where)
+    grid = _input_grid(about)
+    if grid is None or str(grid) not in CACHES:
+        raise Refused(
+            f"keys and values rounded as {about} cannot be simulated here",
+            where=where,
+            fix="give the original model; without that key in config.json the weights can be read",
+        )
+    found = stored_cache(folder, grid, traits(config)["kv_heads"])
+    if not found:
+        raise BadFile("keys and values are rounded, and no k_scale is in the file", where=where)
+    return found
+
+
 def _input_grid(about: Mapping[str, Any]) -> InputGrid | None:
     """The input grid that a description means, or None."""
     bits, kind, width = about.get("num_bits", 8), about.get("type", "int"), about.get("group_size")
@@ -222,7 +251,7 @@ def _input_grid(about: Mapping[str, Any]) -> InputGrid | None:
         return find_inputs({8: "mxfp8", 6: "mxfp6-e2m3", 4: "mxfp4"}.get(bits, ""))
     if scales not in (None, "torch.float32") or type(dynamic) is not bool:
         return None
-    extent = f"g{width}-token" if strategy == "group" else strategy
+    extent = f"g{width}-token" if strategy == "group" else "head" if strategy == "attn_head" else strategy
     element = "fp8-e4m3" if (kind, bits) == ("float", 8) else f"int{bits}" if kind == "int" else ""
     return find_inputs(f"{element}-{extent}{'' if dynamic else '-static'}{'' if symmetric else '-asym'}")
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -19,10 +19,12 @@ from bitmill.checkpoint.hf_folder import parse_object, read_config
 from bitmill.checkpoint.packed_folder import (
     Packed,
     PackedFolder,
+    cache_name,
     check_parts,
     checked_inputs,
     from_quantized,
     quantization_config,
+    stored_cache,
 )
 from bitmill.checkpoint.safetensors import TensorFolder
 from bitmill.checkpoint.safetensors_write import (
@@ -36,9 +38,10 @@ from bitmill.checkpoint.safetensors_write import (
 )
 from bitmill.core.axes import Checkpoint, Grid, InputContainer
 from bitmill.core.errors import BadFile, BadRecipe
-from bitmill.core.inputs import InputGrid, parse_inputs
+from bitmill.core.inputs import CACHES, InputGrid, parse_cache, parse_inputs
 from bitmill.core.registry import parse_grid
 from bitmill.core.types import FileImage, Inputs, Quantized, Row
+from bitmill.families.base import traits
 from bitmill.grids.biased import Biased
 from bitmill.grids.dense import Dense
 from bitmill.grids.ggml_floats import GgmlFloat
@@ -126,7 +129,10 @@ class Bitmill(InputContainer):
         rows = {name: _row(name, entry, str(path)) for name, entry in weights.items()}
         packed = {name: _packed(folder, row) for name, row in rows.items()}
         inputs = {name: _inputs(folder, name, row.inputs) for name, row in rows.items() if row.inputs}
-        return PackedFolder(folder, read_config(path), packed, (), inputs)
+        config = read_config(path)
+        cache = _cache(folder, config)
+        aside = {name for name in folder.records if cache_name(name) in cache}
+        return PackedFolder(folder, config, packed, aside, inputs, cache=cache)
 
     def refuses(self, grid: Grid, role: str, shape: tuple[int, ...]) -> str | None:
         if isinstance(grid, Dense):
@@ -139,6 +145,9 @@ class Bitmill(InputContainer):
 
     def refuses_inputs(self, grid: Grid, inputs: InputGrid) -> str | None:
         return "it tells of the inputs of quantized weights only" if isinstance(grid, Dense) else None
+
+    def refuses_cache(self, grid: InputGrid) -> str | None:
+        return None
 
     def implied_inputs(self, rows: Sequence[Row]) -> Mapping[str, InputGrid]:
         return {}
@@ -167,6 +176,8 @@ class Bitmill(InputContainer):
             "version": VERSION,
             "grids": sorted({str(grid) for grid, *_ in weights.values()}),
         }
+        caches = [str(row.cache) for row in rows if row.cache is not None]
+        config["quantization_config"] |= {"cache": caches[0]} if caches else {}
         metadata = {_WEIGHTS: json.dumps(weights), **{f"bitmill.{k}": v for k, v in notes.items()}}
         return folder_images(source, tensors, config, metadata)
 
@@ -344,6 +355,16 @@ def _packed(folder: TensorFolder, row: Row) -> Packed:
     parts = _planned(row)
     check_parts(folder, parts)
     return from_quantized(shape, tuple(parts), lambda: _unpacked(folder, row.name, row.grid, shape, layout))
+
+
+def _cache(folder: TensorFolder, config: Mapping[str, Any]) -> dict[str, Inputs]:
+    """How keys and values are rounded, if the settings say that they are."""
+    text = config["quantization_config"].get("cache")
+    if text is None:
+        return {}
+    if text not in CACHES:
+        raise BadFile(f"no cache is stored on {text!r}", where=str(folder.path))
+    return stored_cache(folder, parse_cache(text), traits(config)["kv_heads"])
 
 
 def _inputs(folder: TensorFolder, name: str, grid: InputGrid) -> Inputs:

@@ -84,6 +84,9 @@ class Bitsandbytes(InputContainer):
             return f"its 8-bit layers round inputs to {ROUNDS}, and to nothing else; > bitmill holds both"
         return "its 4-bit layers leave inputs as they are; > bitmill holds both"
 
+    def refuses_cache(self, grid: InputGrid) -> str | None:
+        return "its readers know no scales of a cache; > compressed-tensors"
+
     def implied_inputs(self, rows: Sequence[Row]) -> Mapping[str, InputGrid]:
         return {row.name: ROUNDS for row in rows if isinstance(row.grid, LlmInt8)}
 

@@ -12,7 +12,9 @@ NVFP4 without a word: they are for vLLM.
 Read as well: groups in activation order (``weight_g_idx``) and rotations while the model runs
 (``transform_config``), both as dense values, since no grid has them; rotations go into the weights behind
 them. Neither is written: transformers loads such a folder without its rotations, and ``hadamard`` folds its
-own. Scales of a cache (``k_scale``, ``v_scale``) are left out, and plans and measurements say so.
+own. Keys and values that go through a cache in FP8 or int8 have their scales (``k_scale``, ``v_scale``)
+beside the attention, and ``kv_cache_scheme`` says so: written by ``cache=``, read, kept by ``convert``, and
+what ``measure`` and ``load`` compute with, as transformers does. vLLM runs such caches in FP8 only.
 """
 
 from __future__ import annotations
@@ -60,6 +62,7 @@ _WITH_SMALL = {
 }
 """Input grids that go with weights on these, by the package's own presets and their like."""
 
+_EXTENT = {"head": "attn_head"}
 _FIXED = {"scale": "input_scale", "zero": "input_zero_point", "gain": "input_global_scale"}
 
 
@@ -95,6 +98,9 @@ class CompressedTensors(InputContainer):
         fits = isinstance(grid, Minifloat) and (inputs.element, inputs.scaling) == ("e4m3", "real")
         return None if fits else "FP8 weights go with fp8-e4m3-token, -tensor, -tensor-static and -g128-token"
 
+    def refuses_cache(self, grid: InputGrid) -> str | None:
+        return None
+
     def implied_inputs(self, rows: Sequence[Row]) -> Mapping[str, InputGrid]:
         return {}
 
@@ -122,7 +128,7 @@ class CompressedTensors(InputContainer):
         """
         config = model_config(source, rows)
         groups = _groups(rows)
-        if groups:
+        if groups or any(row.cache for row in rows):
             _refuse_precision(groups, config["dtype"])
             config["quantization_config"] = _settings(rows, groups)
         tensors = {name: planned for row in rows for name, planned in _planned(row).items()}
@@ -298,14 +304,15 @@ def _settings(rows: Sequence[Row], groups: Mapping[_Kind, Sequence[str]]) -> dic
             "output_activations": None,
             "format": layout,
         }
-    layouts = {group["format"] for group in made.values()}
+    layouts = {group["format"] for group in made.values()} or {"dense"}
+    caches = [_inputs(row.cache) for row in rows if row.cache is not None]
     return {
         "quant_method": METHOD,
         "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": made,
         "ignore": ignore,
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": caches[0] if caches else None,
         "global_compression_ratio": None,
     }
 
@@ -320,7 +327,7 @@ def _inputs(inputs: InputGrid) -> dict[str, Any]:
         "num_bits": inputs.bits,
         "type": "int" if inputs.element == "int" else "float",
         "symmetric": inputs.symmetric,
-        "strategy": "tensor_group" if inputs.scaling == "nv" else inputs.extent,
+        "strategy": "tensor_group" if inputs.scaling == "nv" else _EXTENT.get(inputs.extent, inputs.extent),
         "group_size": inputs.group or None,
         "dynamic": "local" if inputs.scaling == "nv" else not inputs.static,
     }

@@ -91,6 +91,9 @@ class Fp8(InputContainer):
         )
         return f"{said}; > compressed-tensors or > bitmill may say it"
 
+    def refuses_cache(self, grid: InputGrid) -> str | None:
+        return "its readers know no scales of a cache; > compressed-tensors"
+
     def implied_inputs(self, rows: Sequence[Row]) -> Mapping[str, InputGrid]:
         placed = [row for row in rows if not isinstance(row.grid, Dense)]
         # one factor a weight is too few for gate and up, which transformers joins in each expert

@@ -3,8 +3,8 @@
 An NVFP4 value is element · ``weight_scale`` · ``weight_scale_2`` (one over compressed-tensors' global scale);
 an FP8 value is element · ``weight_scale``. Inputs of layers are rounded as its runtimes do it, in ``measure``
 and ``load`` too: to FP8 or NVFP4 by the ``input_scale`` beside the weight, where there is one; as they come,
-to FP8 a token where a weight has a scale a channel, and to ``mxfp8-ceil`` where it is MXFP8. Scales of the
-cache are left aside.
+to FP8 a token where a weight has a scale a channel, and to ``mxfp8-ceil`` where it is MXFP8. So are
+keys and values of an FP8 cache, by ``k_scale`` and ``v_scale`` or, where none is stored, by 1.
 """
 
 from __future__ import annotations
@@ -26,16 +26,18 @@ from bitmill.checkpoint.packed_folder import (
     from_quantized,
     one_number,
     quantization_config,
+    stored_cache,
 )
 from bitmill.checkpoint.read_only import ReadOnly
 from bitmill.checkpoint.safetensors import Record, TensorFolder
 from bitmill.core.axes import Checkpoint
 from bitmill.core.errors import BadFile, Refused
-from bitmill.core.inputs import parse_inputs
+from bitmill.core.inputs import parse_cache, parse_inputs
 from bitmill.core.types import Inputs, Quantized
-from bitmill.families.base import describe
+from bitmill.families.base import describe, traits
 from bitmill.grids.minifloat import Minifloat
 from bitmill.numerics.bits import unpack
+from bitmill.numerics.cache import KEYS, VALUES
 
 METHOD = "modelopt"
 
@@ -95,7 +97,38 @@ class Modelopt(ReadOnly):
                 if told is not None:
                     inputs[name] = told
         aside = {name for name in folder.records if _ASIDE.search(name)}
-        return PackedFolder(folder, {**config, "quantization_config": settings}, packed, aside, inputs)
+        whole = {**config, "quantization_config": settings}
+        cache = _cache(folder, settings, traits(config)["kv_heads"])
+        return PackedFolder(folder, whole, packed, aside, inputs, cache=cache)
+
+
+def _cache(folder: TensorFolder, settings: Mapping[str, Any], heads: int) -> dict[str, Inputs]:
+    """How keys and values are rounded; a scale that is not stored is 1, as its runtimes take it.
+
+    Raises:
+        Refused: in a way that is not known here.
+        BadFile: a scale is none.
+    """
+    about = settings.get("kv_cache_scheme")
+    said = about if isinstance(about, dict) else {}
+    float8 = (said.get("num_bits"), said.get("type"), said.get("dynamic", False)) == (8, "float", False)
+    algorithm = settings.get("kv_cache_quant_algo", "FP8" if float8 else about)
+    if algorithm is None:
+        return {}
+    if algorithm != "FP8":
+        raise Refused(
+            f"keys and values rounded as {algorithm!r} cannot be simulated here",
+            where=f"{folder.path}: kv_cache_quant_algo",
+            fix="give the original model; without that key in its settings the weights can be read",
+        )
+    grid = parse_cache("fp8")
+    ends = (".k_proj.weight", ".v_proj.weight")
+    plain = Inputs(grid, {"scale": torch.ones(1)})
+    attentions = {
+        name.rpartition(".")[0].rpartition(".")[0] for name in folder.records if name.endswith(ends)
+    }
+    unstored = {f"{path}.{part}": plain for path in attentions for part in (KEYS, VALUES)}
+    return {**unstored, **stored_cache(folder, grid, heads)}
 
 
 def _refuse(settings: Mapping[str, Any], folder: TensorFolder, path: Path) -> None:

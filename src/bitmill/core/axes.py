@@ -395,10 +395,21 @@ class InputCheckpoint(Checkpoint):
     def inputs(self) -> Mapping[str, Inputs]:
         """By canonical weight name; a linear that is not named gets its inputs as they are."""
 
+    @property
+    @abstractmethod
+    def cache(self) -> Mapping[str, Inputs]:
+        """What keys and values are rounded to on their way into the cache, by what their scale is called
+        here: the attention's path, and ``k_scale`` or ``v_scale``."""
+
 
 def inputs_of(checkpoint: Checkpoint) -> Mapping[str, Inputs]:
     """How the inputs of a checkpoint's linears are rounded when it runs, by weight name."""
     return checkpoint.inputs if isinstance(checkpoint, InputCheckpoint) else {}
+
+
+def cache_of(checkpoint: Checkpoint) -> Mapping[str, Inputs]:
+    """How a checkpoint's keys and values are rounded when it runs, by the name of their scale."""
+    return checkpoint.cache if isinstance(checkpoint, InputCheckpoint) else {}
 
 
 class Container(ABC):
@@ -453,6 +464,10 @@ class InputContainer(Container):
     def refuses_inputs(self, grid: Grid, inputs: InputGrid) -> str | None:
         """Why no file here says that a linear with its weight on ``grid`` gets its inputs on ``inputs``, and
         which would; or None."""
+
+    @abstractmethod
+    def refuses_cache(self, grid: InputGrid) -> str | None:
+        """Why no file here says that keys and values are rounded to ``grid``, and which would; or None."""
 
     @abstractmethod
     def implied_inputs(self, rows: Sequence[Row]) -> Mapping[str, InputGrid]:

@@ -1,4 +1,5 @@
-"""Input grids: what the inputs of a linear layer are rounded to while a model runs.
+"""Input grids: what the inputs of a linear layer, or the keys and values of a cache, are rounded to while a
+model runs.
 
 The rows of an input grid are tokens. A runtime takes its parameters from the numbers that pass by, by one
 fixed rule, and stores nothing; only what a name calls static is fixed by calibration and stands in the file.
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from bitmill.core.errors import BadRecipe
 
 _TEXT = re.compile(
-    r"(int[2-8]|fp8-e4m3)-(token|tensor|g[1-9]\d{0,5}(?:-token)?)(?:-(static))?(?:-(sym|asym))?(?:-(static))?"
+    r"(int[2-8]|fp8-e4m3)-(token|tensor|head|g[1-9]\d{0,5}(?:-token)?)(?:-(static))?(?:-(sym|asym))?(?:-(static))?"
 )
 _SMALL = {
     "mxfp8": ("e4m3", 8, "mx"),
@@ -32,6 +33,17 @@ EXAMPLES = (
 )  # fmt: skip
 """Spellings that help and documentation show."""
 
+CACHES = ("fp8-e4m3-tensor-static", "fp8-e4m3-head-static", "int8-tensor-static", "int8-head-static")
+"""Grids of keys and values: one scale for all of a layer's keys, or for those of each head."""
+
+_CACHE_ALSO = {
+    "fp8": CACHES[0],
+    "fp8-e4m3": CACHES[0],
+    "fp8-head": CACHES[1],
+    "int8": CACHES[2],
+    "int8-head": CACHES[3],
+}
+
 
 LOUD = 6.0
 """Magnitude from which LLM.int8() keeps a channel out of the rounding, where nothing else is said."""
@@ -44,8 +56,8 @@ class InputGrid:
     Attributes:
         element: ``int``, or a small float: ``e4m3 e2m3 e2m1``.
         bits: of an element.
-        extent: whose largest value sets the scale: a ``token``, a ``group`` of a token's channels, or the
-            ``tensor`` that goes through the layer in one sequence.
+        extent: whose largest value sets the scale: a ``token``, a ``group`` of a token's channels, the
+            ``tensor`` that goes through the layer in one sequence, or a ``head`` of keys or values in all.
         group: channels of a group; 0 for the others.
         symmetric: whether there is no zero point.
         static: whether scale (and zero point) are fixed by calibration.
@@ -87,6 +99,8 @@ class InputGrid:
 
     def refuses(self, columns: int) -> str | None:
         """Why inputs of so many channels cannot be rounded, or None."""
+        if self.extent == "head":
+            return "only keys and values have heads: say cache=, not input="
         if self.group and columns % self.group:
             return f"{columns} channels are not a multiple of {self}'s group of {self.group}"
         return None
@@ -111,7 +125,9 @@ def find_inputs(text: str) -> InputGrid | None:
         return None
     kind, extent, early, zero, late = found.groups()
     static, whole = bool(early or late), kind.startswith("int")
-    if (static and extent != "tensor") or (early and late) or (zero == "asym" and not whole):
+    if (static and extent not in ("tensor", "head")) or (early and late) or (zero == "asym" and not whole):
+        return None
+    if extent == "head" and not (static and zero != "asym"):
         return None
     group = int(extent[1:].partition("-")[0]) if extent.startswith("g") else 0
     element, bits = ("int", int(kind[3:])) if whole else ("e4m3", 8)
@@ -136,3 +152,18 @@ def parse_inputs(text: str) -> InputGrid:
     close = difflib.get_close_matches(wanted, EXAMPLES, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else f"for example: {', '.join(EXAMPLES[:8])}"
     raise BadRecipe(f"no input grid is called {text!r}", fix=hint)
+
+
+def parse_cache(text: str) -> InputGrid:
+    """The grid of keys and values that ``text`` names; ``fp8`` and ``int8`` are short for one scale a layer.
+
+    Raises:
+        BadRecipe: it names none.
+    """
+    wanted = text.strip().lower()
+    wanted = _CACHE_ALSO.get(wanted, wanted)
+    if wanted not in CACHES:
+        raise BadRecipe(
+            f"no cache is stored on {text!r}", fix=f"one of {', '.join(CACHES)}; fp8 is short for the first"
+        )
+    return parse_inputs(wanted)

@@ -237,6 +237,8 @@ class Row:
         why: where the choice comes from.
         fallback: the grid that was asked for, when a shape forced another one.
         inputs: what the inputs of this linear are rounded to when the model runs; None leaves them.
+        cache: where this is no tensor of the model but a scale of its cache: what keys, or values, are
+            rounded to on their way into it.
     """
 
     name: str
@@ -248,3 +250,4 @@ class Row:
     why: str
     fallback: str | None = None
     inputs: InputGrid | None = None
+    cache: InputGrid | None = None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from bitmill.caching import said_of_cache
 from bitmill.calibrate.corpus import Text, default_evaluation, load_texts
 from bitmill.calibrate.stream import Block, Stream
 from bitmill.calibrate.windows import Windows, overlap, tokenizer_of, windows
@@ -171,8 +172,8 @@ def _rounding(file: Checkpoint) -> tuple[Note, ...]:
         Note("inputs", str(file.path), f"inputs of {count} linears are rounded to {kind}, as the file says")
         for kind, count in kinds.most_common()
     ]
-    left_out = unread(file)
-    return (*told, *([Note("inputs", str(file.path), left_out)] if left_out else []))
+    rest = (("cache", said_of_cache(file)), ("inputs", unread(file)))
+    return (*told, *(Note(kind, str(file.path), said) for kind, said in rest if said))
 
 
 def _opened(model: str | Checkpoint) -> Checkpoint:

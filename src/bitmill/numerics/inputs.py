@@ -30,15 +30,16 @@ _CARRY = {"e4m3": 21, "e2m3": 19, "e2m1": 21}  # bit of the mantissa whose addit
 
 
 def fixed_params(grid: InputGrid, low: Tensor, high: Tensor, dtype: torch.dtype) -> Params:
-    """What calibration fixes, from the smallest and largest input that it saw (float32 scalars): ``scale``
-    and ``zero`` of shape ``1``, rounded to ``dtype`` as the file holds them, or NVFP4's ``gain``."""
+    """What calibration fixes, from the smallest and largest input that it saw (float32, scalars or one a
+    head): ``scale`` and ``zero`` of as many numbers, rounded to ``dtype`` as the file holds them, or NVFP4's
+    ``gain``."""
     if grid.scaling == "nv":
         largest = torch.maximum(-low, high).clamp_min(torch.finfo(torch.float32).tiny)
         gain = _E4M3.largest * _E2M1.largest / largest
         return {"gain": torch.where(gain.isfinite(), gain, 1.0).reshape(1)}
     if not grid.static:
         return {}
-    scale, zero = _range(grid, low.reshape(1), high.reshape(1))
+    scale, zero = _range(grid, low.reshape(-1), high.reshape(-1))
     scale = scale.to(dtype).to(torch.float32)
     scale = torch.where(scale == 0, torch.finfo(dtype).eps, scale)
     return {"scale": scale} if grid.symmetric else {"scale": scale, "zero": zero}

@@ -18,10 +18,11 @@ from transformers import (
 )
 
 from bitmill.checkpoint.tokenizer import load_tokenizer
-from bitmill.core.axes import Checkpoint, inputs_of
+from bitmill.core.axes import Checkpoint, cache_of, inputs_of
 from bitmill.core.errors import BadFile, Refused
 from bitmill.core.types import Inputs
 from bitmill.families.base import describe
+from bitmill.numerics.cache import cache_changes, check_cache, watch_cache
 from bitmill.numerics.expert_inputs import check_all_inputs, round_experts
 from bitmill.numerics.inputs import input_hook
 from bitmill.source import open_source
@@ -50,7 +51,8 @@ def load(
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model alone; see :func:`load`. No code of the model folder is run.
 
-    Where the checkpoint says that the inputs of a linear are rounded, hooks of the model round them.
+    Where the checkpoint says that the inputs of a linear are rounded, or the keys and values of a cache,
+    hooks of the model round them.
     """
     facts = {
         k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "auto_map", "dtype")
@@ -71,6 +73,9 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Pr
     inputs = inputs_of(checkpoint)
     if inputs:
         _round(made, inputs, checkpoint)
+    check_cache(made, cache_of(checkpoint), str(checkpoint.path))
+    for path, change in cache_changes(cache_of(checkpoint)).items():
+        watch_cache(made.get_submodule(path), change)
     text = checkpoint.carried.get("generation_config.json")
     if text is not None:
         made.generation_config = GenerationConfig.from_dict(json.loads(text))
