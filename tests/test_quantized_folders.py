@@ -162,9 +162,6 @@ def test_settings_of_gptq(source: SafetensorsFolder, tmp_path: Path) -> None:
 
 
 def test_gptq_refuses_what_its_readers_cannot(source: SafetensorsFolder, tmp_path: Path) -> None:
-    with pytest.raises(Refused, match="one grid") as caught:
-        written(Gptq(), source, "int4-g32-sym", tmp_path, down="int8-g32-sym")
-    assert "compressed-tensors" in str(caught.value.fix)
     kept = written(Gptq(), source, "int4-g32-sym", tmp_path / "kept", o="bf16")
     (skip,) = settings_of(kept.path)["dynamic"]
     assert re.match(skip.removeprefix("-:"), "model.layers.2.self_attn.o_proj")
@@ -174,6 +171,82 @@ def test_gptq_refuses_what_its_readers_cannot(source: SafetensorsFolder, tmp_pat
     ]
     with pytest.raises(Refused, match="every block or in none"):
         Gptq().files(rows, source, {})
+
+
+MIXED = {"q": "int8-channel-sym", "k": "int8-channel-sym", "down": "int8-g64-asym", "v": "int4-g32-asym"}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_gptq_rules(source: SafetensorsFolder, tmp_path: Path, version: int) -> None:
+    """The commonest bits and groups in the settings, a rule for each of the others."""
+    out = written(Gptq(version=version), source, "int4-g32-sym", tmp_path, **MIXED, o="bf16")
+    found = settings_of(out.path)
+    assert (found["bits"], found["group_size"], found["sym"]) == (4, 32, False)  # v has zero points
+    rules = {text: change for text, change in found["dynamic"].items() if text.startswith("+:")}
+    assert len(rules) == 3 and len(found["dynamic"]) == 4
+    for path, wanted in (
+        ("self_attn.q_proj", {"bits": 8, "group_size": -1, "sym": True}),
+        ("mlp.down_proj", {"bits": 8, "group_size": 64, "sym": False}),
+        ("mlp.up_proj", None),
+    ):
+        matched = [c for text, c in rules.items() if re.match(text[2:], f"model.layers.2.{path}")]
+        assert matched == ([] if wanted is None else [wanted])
+    again = open_path(out.path)
+    for name, quantized in out.quantized.items():
+        stored = again.stored(name)
+        assert torch.equal(again.read(name).float(), quantized.dense())
+        assert stored is None or (
+            stored.same_values(quantized) and torch.equal(stored.codes, quantized.codes)
+        )
+    assert str(again.stored("model.layers.1.mlp.down_proj.weight").grid).startswith("int8-g64-asym")  # type: ignore[union-attr]
+
+
+def test_gptq_rules_of_single_blocks(source: SafetensorsFolder, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    out = written(Gptq(), source, "int4-g32-sym", tmp_path, **{name: "int2-g64-sym"})
+    (rule,) = settings_of(out.path)["dynamic"]
+    assert rule.startswith("+:") and not re.match(rule[2:], "model.layers.0.mlp.up_proj")
+    assert open_path(out.path).stored(name).same_values(out.quantized[name])  # type: ignore[union-attr]
+
+
+def test_gptq_rules_as_gptqmodel_reads_them(source: SafetensorsFolder, tmp_path: Path) -> None:
+    """The first that matches decides, from the beginning of the path; without a sign it means +:."""
+    out = written(Gptq(), source, "int4-g32-sym", tmp_path, down="int8-g64-sym", o="bf16")
+    down, left = {"bits": 8, "group_size": 64, "sym": True}, {r"-:.*o_proj": {}}
+    every = {r".*": {"bits": 4}}
+    for rules in (
+        {r"model\.layers\.\d+\.mlp\.down": down, **left, **every},
+        {r"+:.*down_proj": {**down, "desc_act": False, "damp_percent": 0.1}, **left},
+        {**left, r"mlp": {"bits": 2}, r"down_proj": {"bits": 3}, r".*mlp.down": down},
+    ):
+        reconfigured(out.path, dynamic=rules)
+        again = open_path(out.path)
+        assert all(torch.equal(again.read(n).float(), q.dense()) for n, q in out.quantized.items())
+
+
+@pytest.mark.parametrize(
+    ("rules", "said"),
+    [
+        ({".*": {"bits": 4}, ".*down_proj": {"bits": 8}}, "words"),
+        ({"-:.*down_proj": {}}, "says that it is not"),
+        ({".*down_proj": {"bits": 5}}, "5 bits"),
+        ({".*down_proj": {"bits": "8"}}, "bits"),
+        ({".*down_proj": {"bits": 8, "pack_dtype": "int8"}}, "cannot be read"),
+        ({".*down_proj": {"bits": 8, "group_size": 128}}, "groups"),
+        ({".*down_proj": {"bits": 8, "group_size": 0}}, "no number of inputs"),
+        ({".*down_proj": 8}, "says nothing"),
+        ({"(": {"bits": 8}}, "not a pattern"),
+        ({"a" * 5000: {"bits": 8}}, "too long"),
+        ([8], "no rules"),
+    ],
+)
+def test_gptq_rules_that_cannot_be(
+    source: SafetensorsFolder, tmp_path: Path, rules: object, said: str
+) -> None:
+    out = written(Gptq(), source, "int4-g32-sym", tmp_path, down="int8-g32-sym")
+    reconfigured(out.path, dynamic=rules)
+    with pytest.raises((BadFile, Refused), match=said):
+        open_path(out.path)
 
 
 def parsed(row: Row, grid: str) -> Row:

@@ -50,11 +50,11 @@ def test_the_client_runs_what_we_simulate(tmp_path: Path, family: str, dtype: st
     quantize(str(source), line, out, calib=tokens(4, 32), nsamples=4, seqlen=32)
     model, info = AutoModelForCausalLM.from_pretrained(out, dtype="auto", output_loading_info=True)
     assert {key: value for key, value in info.items() if value} == {}
-    checkpoint = open_source(str(out))
+    checkpoint, attentions = open_source(str(out)), []
     for name, how in cache_of(checkpoint).items():
         assert torch.equal(model.get_parameter(name).float(), how.fixed["scale"])
-        attention = model.get_submodule(name.rpartition(".")[0])
-        assert any(isinstance(inside, QuantizedKVCache) for inside in attention.children())
+        attentions.append(model.get_submodule(name.rpartition(".")[0]))
+        assert any(isinstance(inside, QuantizedKVCache) for inside in attentions[-1].children())
     with torch.no_grad():
         model(ids)  # decodes the weights
         torch.nn.Module.to(model, torch.float32)

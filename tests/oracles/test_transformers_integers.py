@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gptqmodel import BACKEND, GPTQModel
 from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
 from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
@@ -110,6 +111,37 @@ def test_gptq_version_two(tmp_path: Path, grid: str, tied: bool) -> None:
             zeros.append(output.quantized[row.name].params.get("zero", torch.ones(1)).min())
     assert "asym" not in grid or min(zeros) == 0  # what version 1 cannot say
     agree(model, output)
+
+
+MIXED = {"q": "int8-channel-sym", "v": "int4-g64-asym", "down": "int8-g32-sym", "gate": "int2-g64-sym"}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_gptq_with_rules_in_gptqmodel(tmp_path: Path, version: int) -> None:
+    """GPTQModel itself: the kernel of each layer has the bits, groups and values that its rule says."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    chosen = {**MIXED, "o": "f16", name: "int3-g64-sym"}
+    if version == 1:  # whose zero points it takes in rules, and in the settings from its own folders only
+        chosen["v"] = "int4-g32-asym"
+    output = written(Gptq(version=version), tmp_path, "int4-g64-sym", True, **chosen)
+    model = GPTQModel.load(
+        str(output.path), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16
+    ).model
+    for row in output.rows:
+        layer = model.get_submodule(row.name.removesuffix(".weight"))
+        if row.solved and isinstance(row.grid, Integer):
+            assert (layer.bits, layer.group_size) == (row.grid.bits, row.grid.group or row.shape[1])
+            found = layer.dequantize_weight().T
+            assert torch.equal(found.half(), output.quantized[row.name].dense().half()), row.name
+        elif row.role == "o":
+            assert type(layer) is torch.nn.Linear
+    agree(model, output, 2e-2)
+
+
+def test_transformers_hears_no_rules(tmp_path: Path) -> None:
+    output = written(Gptq(), tmp_path, "int4-g64-sym", True, down="int8-g32-sym")
+    with pytest.raises(RuntimeError, match="size mismatch|mismatched"):
+        loaded(output.path, quantization_config=GPTQConfig(bits=4, backend="torch"))
 
 
 def packed_by_them(grid: Integer, kind: type, linear: torch.nn.Linear) -> dict[str, torch.Tensor]:

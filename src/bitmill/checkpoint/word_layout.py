@@ -133,19 +133,23 @@ def one_grid(rows: Sequence[Row], kind: str) -> tuple[Grid | None, list[Row]]:
             raise Refused(
                 f"{kind} folder has one grid for all its layers, not {placed[0].grid} and {row.grid}",
                 where=row.name,
-                fix="one grid for every role, or > compressed-tensors or > auto-round, which hold several",
+                fix="one grid for every role; > compressed-tensors, > auto-round and > gptq hold several",
             )
     return (placed[0].grid if placed else None), placed
 
 
-def open_words(folder: TensorFolder, layout: WordLayout, said: Said, hold: Hold) -> dict[str, Packed]:
-    """Every weight of the folder that is stored in this layout, by name; only headers are read.
+def open_words(
+    folder: TensorFolder, layout: WordLayout, said: Said | Callable[[str], Said], hold: Hold
+) -> dict[str, Packed]:
+    """Every weight of the folder that is stored in this layout, by name; only headers are read. ``said`` is
+    of all layers, or a function of each one's path.
 
     Raises:
         BadFile: a tensor is missing, or shapes do not fit together or to what the settings say.
     """
     modules = [name.removesuffix(_CODES) for name in folder.records if name.endswith(_CODES)]
-    return {f"{m}{_WEIGHT}": _packed(folder, m, layout, said, hold) for m in modules}
+    each = {m: said if isinstance(said, Said) else said(m) for m in modules}
+    return {f"{m}{_WEIGHT}": _packed(folder, m, layout, each[m], hold) for m in modules}
 
 
 def _packed(folder: TensorFolder, module: str, layout: WordLayout, said: Said, hold: Hold) -> Packed:

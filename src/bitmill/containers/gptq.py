@@ -3,13 +3,21 @@
 Codes are packed down the input rows, zero points along the outputs (Frantar et al., arXiv 2210.17323; the
 layout is AutoGPTQ's). Version 1 stores zero points minus one and cannot hold 0; version 2 stores them as they
 are. Everything reads version 1; GPTQModel, transformers and recent vLLM read version 2 as well.
+
+GPTQModel by itself takes version 1 with zero points from its own folders only: say version=2 for it.
+
+Layers may differ in bits, groups and zero points: the commonest stand in the settings, others in rules by
+pattern (``dynamic``), of which the first that matches decides. GPTQModel and vLLM read such folders;
+transformers, which loads through optimum, hears no rule and refuses the shapes.
 Experts of a mixture are stored one by one; no loader was tried on those here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, final
 
@@ -28,13 +36,12 @@ from bitmill.checkpoint.word_layout import (
     GPTQ_V2,
     Said,
     group_said,
-    one_grid,
     open_words,
     packed_row,
     planned_row,
 )
 from bitmill.core.axes import Checkpoint, Container, Grid
-from bitmill.core.errors import Refused
+from bitmill.core.errors import BadFile, Refused
 from bitmill.core.types import FileImage, Quantized, Row
 from bitmill.families.base import LINEAR_ROLES
 from bitmill.grids.dense import Dense
@@ -45,13 +52,14 @@ METHOD = "gptq"
 _BITS = (2, 3, 4, 8)
 _GROUPS = (0, 16, 32, 64, 128, 256, 512, 1024)
 _WEIGHT = ".weight"
+_LONGEST_PATTERN, _SHOWN = 4096, 100
 _LAYOUTS = {1: ("gptq", GPTQ_V1), 2: ("gptq_v2", GPTQ_V2)}
 
 
 @final
 @dataclass(frozen=True)
 class Gptq(Container):
-    """A Hugging Face folder with one integer grid for all its layers, scales in half precision.
+    """A Hugging Face folder with integer grids for its layers, scales in half precision.
 
     Attributes:
         version: 1, which everything reads, or 2, whose asymmetric zero points may be 0; either is read.
@@ -108,7 +116,7 @@ class Gptq(Container):
         """The whole folder.
 
         Raises:
-            Refused: the layers are on several grids, or a layer is quantized in some blocks only.
+            Refused: a layer is quantized in some blocks only.
         """
         settings = _settings(rows, _LAYOUTS[self.version][0])
         more = {"quantize_config.json": json_bytes(settings)} if settings else {}
@@ -123,32 +131,49 @@ def _planned(row: Row) -> dict[str, Planned]:
 
 
 def _settings(rows: Sequence[Row], layout: str) -> dict[str, Any]:
-    """The ``quantization_config``, or nothing when no row is quantized."""
-    grid, placed = one_grid(rows, "a GPTQ")
-    if not isinstance(grid, Integer):
+    """The ``quantization_config``, or nothing when no row is quantized: the commonest bits and groups, and a
+    rule for every other. Zero points are always stored; layers are called symmetric where all of a kind are.
+    """
+    kinds: dict[tuple[int, int], list[Row]] = {}
+    for row in rows:
+        size = bits_and_group(row.grid)
+        if size is not None:
+            kinds.setdefault(size, []).append(row)
+    if not kinds:
         return {}
+    common = max(kinds, key=lambda size: len(kinds[size]))
     settings: dict[str, Any] = {
         "quant_method": METHOD,
-        "bits": grid.bits,
-        "group_size": grid.group or -1,
+        **_said(common, kinds[common]),
         "desc_act": False,
-        "sym": grid.zero == "sym",
         "checkpoint_format": layout,
         "pack_dtype": "int32",
         "lm_head": False,
     }
-    return {**settings, **_skipped(rows, placed)}
+    layers = [r.name.removesuffix(_WEIGHT) for r in rows if r.role in LINEAR_ROLES and r.layer is not None]
+    special: dict[str, dict[str, Any]] = {}
+    for size, members in kinds.items():
+        if size != common:
+            names = [row.name.removesuffix(_WEIGHT) for row in members]
+            special |= {f"+:{text}": _said(size, members) for text, _ in patterns(names, layers)}
+    placed = {row.name.removesuffix(_WEIGHT) for members in kinds.values() for row in members}
+    skipped = _skipped(layers, placed)
+    special |= skipped.pop("dynamic", {})
+    return {**settings, **skipped, **({"dynamic": special} if special else {})}
 
 
-def _skipped(rows: Sequence[Row], placed: Sequence[Row]) -> dict[str, Any]:
+def _said(size: tuple[int, int], rows: Sequence[Row]) -> dict[str, Any]:
+    symmetric = all(isinstance(row.grid, Integer) and row.grid.zero == "sym" for row in rows)
+    return {"bits": size[0], "group_size": size[1] or -1, "sym": symmetric}
+
+
+def _skipped(layers: Sequence[str], chosen: Collection[str]) -> dict[str, Any]:
     """Layers of the blocks that stay dense, in both spellings that readers know.
 
     Raises:
         Refused: they differ from block to block.
     """
-    layers = [r.name.removesuffix(_WEIGHT) for r in rows if r.role in LINEAR_ROLES and r.layer is not None]
-    chosen = [row.name.removesuffix(_WEIGHT) for row in placed]
-    left = [name for name in layers if name not in set(chosen)]
+    left = [name for name in layers if name not in chosen]
     if not left:
         return {}
     for name, (text, regular) in zip(left, patterns(left, layers), strict=False):
@@ -158,7 +183,8 @@ def _skipped(rows: Sequence[Row], placed: Sequence[Row]) -> dict[str, Any]:
                 where=f"{name} and its like in other blocks",
                 fix="keep=<role> for all blocks, or > compressed-tensors",
             )
-    inside = list(dict.fromkeys(name.split(".layers.", 1)[1].split(".", 1)[1] for name in chosen))
+    placed = [name for name in layers if name in chosen]
+    inside = list(dict.fromkeys(name.split(".layers.", 1)[1].split(".", 1)[1] for name in placed))
     skip: dict[str, dict[str, Any]] = {f"-:{text}": {} for text, _ in patterns(left, layers)}
     return {"modules_in_block_to_quantize": [inside], "dynamic": skip}
 
@@ -179,5 +205,51 @@ def _open(path: Path) -> PackedFolder:
             where=str(path / "config.json"),
             fix="give the original model",
         )
-    said = Said(bits, group_said(settings, str(path / "config.json")), _BITS, bool(settings.get("dynamic")))
-    return PackedFolder(folder, config, open_words(folder, layout, said, integers))
+    said = Said(bits, group_said(settings, str(path / "config.json")), _BITS)
+    each = partial(_ruled, said, _rules(settings, path), path)
+    return PackedFolder(folder, config, open_words(folder, layout, each, integers))
+
+
+_Rule = tuple[re.Pattern[str], Mapping[str, Any] | None]
+"""A pattern for the beginning of a layer's path, and what is otherwise there; None where it stays dense."""
+
+
+def _rules(settings: Mapping[str, Any], path: Path) -> list[_Rule]:
+    """``dynamic`` as GPTQModel reads it: the first that matches decides.
+
+    Raises:
+        BadFile: it is not what such rules must be.
+    """
+    told, where = settings.get("dynamic") or {}, f"{path / 'config.json'}: dynamic"
+    if not isinstance(told, dict):
+        raise BadFile(f"{told!r} are no rules", where=where)
+    rules: list[_Rule] = []
+    for text, change in told.items():
+        left = text.startswith("-:")
+        pattern = text[2:] if text.startswith(("-:", "+:")) else text
+        if not isinstance(change, dict) and not left:
+            raise BadFile(f"{change!r} says nothing of a layer", where=f"{where}: {text[:_SHOWN]}")
+        if len(pattern) > _LONGEST_PATTERN:
+            raise BadFile("a pattern is too long", where=f"{where}: {text[:_SHOWN]}")
+        try:
+            rules.append((re.compile(pattern), None if left else change))
+        except re.error as error:
+            raise BadFile(f"{pattern!r} is not a pattern: {error}", where=where) from error
+    return rules
+
+
+def _ruled(said: Said, rules: Sequence[_Rule], path: Path, module: str) -> Said:
+    """What the settings say of one layer.
+
+    Raises:
+        Refused, BadFile: they say what no layer can be.
+    """
+    where = f"{module} in {path / 'config.json'}: dynamic"
+    change = next((change for pattern, change in rules if pattern.match(module)), {})
+    if change is None:
+        raise BadFile("it is quantized, and a rule says that it is not", where=where)
+    bits = change.get("bits", said.bits)
+    if type(bits) is not int or bits not in _BITS or change.get("pack_dtype", "int32") != "int32":
+        raise Refused(f"GPTQ weights of {bits!r} bits cannot be read here", where=where)
+    group = group_said(change, where) if "group_size" in change else said.group
+    return replace(said, bits=bits, group=group)
