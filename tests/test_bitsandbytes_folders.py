@@ -22,6 +22,7 @@ from bitmill.mill import quantize
 from bitmill.planning import plan
 from bitmill.recipe import parse
 from bitmill.source import open_path
+from bitmill.transfer import convert
 from tests.tiny import EXPERTS, make_model
 from tests.written import Written, rows_of, write
 
@@ -246,3 +247,24 @@ def test_eight_bits_say_what_their_inputs_become(tmp_path: Path) -> None:
     config.write_text(config.read_text().replace('"llm_int8_threshold": 6.0', '"llm_int8_threshold": "6"'))
     with pytest.raises(BadFile, match="llm_int8_threshold"):
         open_path(tmp_path / "eight")
+
+
+@pytest.mark.parametrize("kept", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+def test_layers_are_decoded_to_what_the_recipe_keeps(tmp_path: Path, stored: str, kept: str) -> None:
+    """Not to the source's type: bitsandbytes would round weights to it between file and product."""
+    model = make_model(tmp_path / "model", dtype=stored)
+    quantize(str(model), f"nf4-b64-dq, dtype={kept} > bitsandbytes", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    wanted = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}[kept]
+    assert {text_of(v)["dtype"] for name, v in tensors.items() if "bitsandbytes__" in name} == {wanted}
+    assert config["dtype"] == config["quantization_config"]["bnb_4bit_compute_dtype"] == wanted
+
+
+def test_converted_layers_are_decoded_to_what_is_kept(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", dtype="bfloat16")
+    quantize(str(model), "nf4-b64 > bitmill", tmp_path / "own")
+    convert(str(tmp_path / "own"), "bitsandbytes", tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert text_of(tensors[STATE])["dtype"] == "bfloat16"

@@ -150,7 +150,9 @@ def solved_alike(one: Plan, other: Plan) -> bool:
 def _key(row: Row, kept_too: bool) -> Row:
     """A row without what makes no difference to its values."""
     kept = isinstance(row.grid, Dense) and not kept_too
-    return replace(row, grid=Dense("f32") if kept else row.grid, why="", fallback=None)
+    calibrated = row.cache or (row.inputs and row.inputs.fixed)  # scales are rounded to what is kept
+    dtype, grid = row.dtype if calibrated else "", Dense("f32") if kept else row.grid
+    return replace(row, grid=grid, why="", fallback=None, dtype=dtype)
 
 
 def _disk(path: Path) -> int:

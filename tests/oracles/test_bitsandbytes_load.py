@@ -22,7 +22,8 @@ from bitmill.containers.bitsandbytes import Bitsandbytes
 from bitmill.core.registry import parse_grid
 from bitmill.mill import quantize
 from bitmill.numerics import llm_int8
-from bitmill.source import open_path
+from bitmill.run.load import load_model
+from bitmill.source import open_path, open_source
 from tests.tiny import make_model, tokens
 from tests.written import Written, rows_of, write
 
@@ -114,6 +115,18 @@ def test_tables_decode_to_our_values(tmp_path: Path, grid: str, dtype: str, tied
     wanted = logits(expected(source, output, DTYPES[dtype]))
     assert torch.equal(logits(portable(model)), wanted)
     assert apart(logits(loaded(output.path)), wanted) < 0.3
+
+
+@pytest.mark.parametrize(("stored", "kept"), [("f16", "f32"), ("f32", "bf16"), ("bf16", "f16")])
+def test_tables_in_another_precision_than_the_source(tmp_path: Path, stored: str, kept: str) -> None:
+    path = make_model(tmp_path / "model", dtype=NAMES[stored], **SIZES)
+    quantize(str(path), f"nf4-b64-dq, dtype={kept} > bitsandbytes", tmp_path / "out")
+    model, ours = loaded(tmp_path / "out"), load_model(open_source(str(tmp_path / "out")), DTYPES[kept])
+    module = "model.layers.0.mlp.up_proj"
+    found = dense_of(model, module)
+    assert found.dtype is DTYPES[kept]
+    assert torch.equal(found, ours.get_submodule(module).weight)
+    assert torch.equal(logits(portable(model)), logits(ours))
 
 
 @tied_or_not

@@ -2,7 +2,8 @@
 PEFT and Unsloth (Dettmers et al., arXiv 2305.14314 and 2208.07339).
 
 Tables of 4 bits are packed two codes a byte, the first in the high half, over the whole weight; what else a
-layer needs is a JSON text beside it. Integers of 8 bits stay as they are.
+layer needs is a JSON text beside it, with the type it is decoded to: that of what the folder keeps. Integers
+of 8 bits stay as they are.
 """
 
 from __future__ import annotations
@@ -188,7 +189,7 @@ def _state(row: Row, source: Checkpoint, offset: str) -> str:
     state: dict[str, Any] = {
         "quant_type": _kind(grid),
         "blocksize": grid.width,
-        "dtype": _TORCH_NAMES[source.tensors[row.name].dtype],
+        "dtype": _TORCH_NAMES[row.dtype or source.tensors[row.name].dtype],
         "shape": list(row.shape),
     }
     if not grid.double:

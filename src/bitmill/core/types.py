@@ -239,6 +239,8 @@ class Row:
         inputs: what the inputs of this linear are rounded to when the model runs; None leaves them.
         cache: where this is no tensor of the model but a scale of its cache: what keys, or values, are
             rounded to on their way into it.
+        dtype: precision of what the plan keeps, for a layout that names the type it is decoded to; empty
+            where no plan says.
     """
 
     name: str
@@ -251,3 +253,4 @@ class Row:
     fallback: str | None = None
     inputs: InputGrid | None = None
     cache: InputGrid | None = None
+    dtype: str = ""
