@@ -239,3 +239,35 @@ def test_stacks_that_contradict_the_keys_are_bad(tmp_path: Path) -> None:
         (tmp_path / "b.gguf").write_bytes(data[:at] + value.to_bytes(4, "little") + data[at + 4 :])
         with pytest.raises(BadFile, match="experts"):
             GgufCheckpoint(tmp_path / "b.gguf")
+
+
+@every_family
+@pytest.mark.parametrize(
+    ("line", "grave", "said"),
+    [
+        ("int4-g32-sym > gptq", True, "GPTQ folders"),
+        ("int4-g32-asym > awq", True, "AWQ folders"),
+        ("int4-g32-sym > auto-round", True, "AutoRound folders"),
+        ("nvfp4, dtype=bf16 > compressed-tensors", True, "without a word"),
+        ("int4-g32-asym > compressed-tensors", False, "zero points"),
+        ("int4-g32-sym, keep=gate+up+down > compressed-tensors", False, "kept dense"),
+        ("int8-channel-sym, input=int8-token > compressed-tensors", False, "whole bytes"),
+        ("int4-g32-sym > compressed-tensors", False, ""),
+        ("fp8-e4m3-channel > compressed-tensors", False, ""),
+        ("int4-g32-sym, keep=gate+up+down > gptq", False, ""),
+        ("bf16 > compressed-tensors", False, ""),
+    ],
+)
+def test_plans_say_what_loaders_do_not_take(
+    family: str, line: str, grave: bool, said: str, tmp_path: Path
+) -> None:
+    source = SafetensorsFolder(make_model(tmp_path / "model", family, dtype="bfloat16"))
+    remarks = plan(parse(line), source).remarks
+    found = [text for text in remarks if "transformers " in text or "loader" in text]
+    assert [said in text for text in found] == ([True] if said else [])
+    assert [text.endswith("--strict refuses this") for text in found] == ([grave] if said else [])
+    if grave:
+        with pytest.raises(Refused, match="--strict: "):
+            plan(parse(line), source, strict=True)
+    else:
+        plan(parse(line), source, strict=True)

@@ -28,6 +28,7 @@ from bitmill.core.axes import (
     inputs_of,
     total_bytes,
 )
+from bitmill.core.cautions import cautions_of
 from bitmill.core.errors import BadRecipe, Refused
 from bitmill.core.types import FileImage, Row, TensorFacts
 from bitmill.families.base import LINEAR_ROLES, Family, describe
@@ -146,6 +147,7 @@ def plan_conversion(
         *_losses(closest, lost),
         *unsaid,
         *unheard,
+        *cautions_of(container, rows),
         *filter(None, [unread(source)]),
     ]
     return _made(recipe, family, rows, files, container, source, chosen, tuple(remarks), out)
@@ -224,10 +226,10 @@ def _row(found: _Found, dtype: str, closest: Mapping[tuple[str, str, int], Grid]
     grid = found.grids[dtype]
     if grid is not None:
         why = _said(found.stored, grid) if found.stored else "kept"
-        return replace(found.row, grid=grid, why=why)
+        return replace(found.row, grid=grid, why=why, dtype=dtype)
     grid = closest[_class(found)]
     why = f"{_ANEW} {found.stored}" if found.stored else f"kept, rounded to {grid}"
-    return replace(found.row, grid=grid, why=why)
+    return replace(found.row, grid=grid, why=why, dtype=dtype)
 
 
 def _class(found: _Found) -> tuple[str, str, int]:

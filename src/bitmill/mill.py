@@ -64,7 +64,8 @@ def quantize(
         imatrix: importance matrices, merged, instead of calibrating; for solvers that need no Gram matrix.
         imatrix_missing: a weight without data: ``plain``, without importance and with a note, or ``refuse``.
         save: where to keep this run's moments.
-        strict: refuse when a shape forces another type than the recipe's.
+        strict: refuse when a shape forces another type than the recipe's, or nobody is known to load the
+            output rightly.
         resume: go on from an interrupted run of the same command.
         progress: called as ``progress(event, done, total, text)``.
         boundary: called at every durable step (tests).

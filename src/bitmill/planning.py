@@ -35,6 +35,7 @@ from bitmill.core.axes import (
     Weight,
     total_bytes,
 )
+from bitmill.core.cautions import cautions_of
 from bitmill.core.errors import Refused
 from bitmill.core.types import FileImage, Row, TensorFacts
 from bitmill.families.base import LINEAR_ROLES, Family, describe, is_expert, traits
@@ -211,7 +212,7 @@ def plan(
     Args:
         out: where the result would go; its folder must be writable and have room.
         nsamples, seqlen: calibration windows and their length.
-        strict: refuse when a shape would force another grid.
+        strict: refuse when a shape would force another grid, or nobody is known to load the output rightly.
         calibrated: whether moments will be there although the solver does not ask for them.
 
     Raises:
@@ -239,6 +240,7 @@ def plan(
     rows = with_inputs(rows, recipe.input, container, called)
     rows = with_cache(rows, recipe.cache, container, called, checkpoint.config)
     remarks += input_remarks(rows, checkpoint) + cache_remarks(rows, checkpoint)
+    remarks += cautions_of(container, rows, strict)
     if needs == "nothing" and any(row.cache or (row.inputs and row.inputs.fixed) for row in rows):
         needs = "diagonal"
     remarks += _unheard(recipe, rows, container, checkpoint, dtype)
@@ -383,7 +385,7 @@ def _rows(
             rows.append(Row(name, role, layer, fact.shape, grid, False, why))
         else:
             rows.append(_placed(recipe, container, weight, choice, dtype))
-    return tuple(rows)
+    return tuple(replace(row, dtype=dtype) for row in rows)
 
 
 def _stored(container: Container, checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> str:

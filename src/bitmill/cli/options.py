@@ -71,7 +71,7 @@ Seed = Annotated[int, typer.Option("--seed", min=0, help="Draws the windows; the
 Device = Annotated[str, typer.Option("--device", "--device-map", help="cpu or cuda.")]
 Strict = Annotated[
     bool,
-    typer.Option("--strict", help="Refuse when a shape would force another grid than asked for."),
+    typer.Option("--strict", help="Refuse grids that shapes force, and files that no loader takes."),
 ]
 Keep = Annotated[
     list[str] | None,

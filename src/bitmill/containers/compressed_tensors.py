@@ -7,7 +7,7 @@ fixed stand beside the weights.
 
 Experts of a mixture are layers like any other. transformers 5.23 loads them on symmetric packed integers and
 in FP8; it fails on zero points, on whole bytes and on experts kept dense, and misreads those in
-NVFP4 without a word: they are for vLLM.
+NVFP4 without a word: they are for vLLM, and the plan says so.
 
 Read as well: groups in activation order (``weight_g_idx``) and rotations while the model runs
 (``transform_config``), both as dense values, since no grid has them; rotations go into the weights behind
@@ -40,9 +40,11 @@ from bitmill.checkpoint.safetensors_write import (
 )
 from bitmill.containers._compressed_read import open_folder
 from bitmill.core.axes import Checkpoint, Grid, InputContainer, torch_dtype
+from bitmill.core.cautions import Caution, CautiousContainer
 from bitmill.core.errors import Refused
 from bitmill.core.inputs import InputGrid
 from bitmill.core.types import FileImage, Quantized, Row
+from bitmill.families.base import is_expert
 from bitmill.grids.dense import Dense
 from bitmill.grids.integer import Integer
 from bitmill.grids.minifloat import Minifloat
@@ -68,7 +70,7 @@ _FIXED = {"scale": "input_scale", "zero": "input_zero_point", "gain": "input_glo
 
 @final
 @dataclass(frozen=True)
-class CompressedTensors(InputContainer):
+class CompressedTensors(InputContainer, CautiousContainer):
     """A Hugging Face folder in the layouts of the compressed-tensors package, 0.19 or newer (MXFP6: 0.20)."""
 
     single_file: ClassVar[bool] = False
@@ -103,6 +105,20 @@ class CompressedTensors(InputContainer):
 
     def implied_inputs(self, rows: Sequence[Row]) -> Mapping[str, InputGrid]:
         return {}
+
+    def cautions(self, rows: Sequence[Row]) -> tuple[Caution, ...]:
+        experts = [row for row in rows if is_expert(row.name)]
+        rest = "; they are for vLLM"
+        fix = "int4-g128-sym, or fp8-e4m3-channel, which it loads"
+        misread = [row.name for row in experts if str(row.grid) == "nvfp4"]
+        if misread:
+            text = f"transformers takes the {len(misread)} experts on nvfp4 for other numbers, without a word"
+            return (Caution(text + rest, True, misread[0], fix),)
+        fails = [row.name for row in experts if _fails_in_transformers(row)]
+        if not fails or all(isinstance(row.grid, Dense) for row in rows):
+            return ()
+        text = f"transformers fails on {len(fails)} experts: zero points, whole bytes, or kept dense"
+        return (Caution(text + rest, False, fails[0], fix),)
 
     def adapt(self, grid: Grid, dtype: str) -> Grid:
         """Readers hold scales in the model's own type, so a 16-bit model gets scales of that type; single
@@ -147,6 +163,12 @@ class CompressedTensors(InputContainer):
             value = quantized.inputs[key]
             parts[_FIXED[key]] = exactly(value, torch.int8) if key == "zero" else value.to(torch.float32)
         return {f"{module}.{name}": to_bytes(value) for name, value in parts.items()}
+
+
+def _fails_in_transformers(row: Row) -> bool:
+    """Of an expert."""
+    grid = row.grid
+    return isinstance(grid, Dense) or (isinstance(grid, Integer) and (grid.zero != "sym" or _is_plain(row)))
 
 
 def _unknown(grid: Grid) -> str | None:

@@ -9,7 +9,7 @@ GPTQModel by itself takes version 1 with zero points from its own folders only: 
 Layers may differ in bits, groups and zero points: the commonest stand in the settings, others in rules by
 pattern (``dynamic``), of which the first that matches decides. GPTQModel and vLLM read such folders;
 transformers, which loads through optimum, hears no rule and refuses the shapes.
-Experts of a mixture are stored one by one; no loader was tried on those here.
+Experts of a mixture are stored one by one; no loader is known to take those, and the plan says so.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ from bitmill.checkpoint.word_layout import (
     packed_row,
     planned_row,
 )
-from bitmill.core.axes import Checkpoint, Container, Grid
+from bitmill.core.axes import Checkpoint, Grid
+from bitmill.core.cautions import Caution, CautiousContainer
 from bitmill.core.errors import BadFile, Refused
 from bitmill.core.types import FileImage, Quantized, Row
-from bitmill.families.base import LINEAR_ROLES
+from bitmill.families.base import LINEAR_ROLES, untried_experts
 from bitmill.grids.dense import Dense
 from bitmill.grids.integer import Integer, bits_and_group, integers
 
@@ -58,7 +59,7 @@ _LAYOUTS = {1: ("gptq", GPTQ_V1), 2: ("gptq_v2", GPTQ_V2)}
 
 @final
 @dataclass(frozen=True)
-class Gptq(Container):
+class Gptq(CautiousContainer):
     """A Hugging Face folder with integer grids for its layers, scales in half precision.
 
     Attributes:
@@ -96,6 +97,9 @@ class Gptq(Container):
         if shape[0] % 32 or shape[1] % 32:
             return f"both sides must be multiples of 32, and the weight is {shape[0]} × {shape[1]}"
         return None
+
+    def cautions(self, rows: Sequence[Row]) -> tuple[Caution, ...]:
+        return untried_experts(rows, "GPTQ folders")
 
     def adapt(self, grid: Grid, dtype: str) -> Grid:
         """Scales are half precision. In version 1 a zero point is stored as one less, so it starts at 1."""
