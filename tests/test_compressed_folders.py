@@ -15,9 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from bitmill import mill
 from bitmill.checkpoint.stored_types import unread
+from bitmill.core.axes import inputs_of
 from bitmill.core.errors import BadFile, Refused
 from bitmill.numerics.bits import unpack
+from bitmill.numerics.inputs import rounded, seen
 from bitmill.source import open_path, open_source
+from bitmill.transfer import convert
 from tests.tiny import make_model
 
 MODULE = "model.layers.0.mlp.down_proj"
@@ -131,10 +134,39 @@ def test_only_linear_layers(folder: Path, tmp_path: Path, target: str) -> None:
         open_path(edited(folder, tmp_path / "a", {}, transform_config=asked))
 
 
-def test_inputs_rounded_in_a_rotated_basis(folder: Path, tmp_path: Path) -> None:
+def rounding(folder: Path, out: Path) -> Path:
     source = open_source(str(folder.parent / "model"))
-    recipe = "nearest : int8-channel-sym, input=int8-token > compressed-tensors"
-    mill.quantize(source, recipe, tmp_path / "made")
+    mill.quantize(source, "nearest : int8-channel-sym, input=int8-token > compressed-tensors", out)
+    return out
+
+
+def test_inputs_rounded_in_a_rotated_basis(folder: Path, tmp_path: Path) -> None:
+    """The layer computes what it does where inputs are rotated, rounded, and multiplied with what is stored."""
+    made = rounding(folder, tmp_path / "made")
+    plain = open_path(made)
+    asked = rotated("input", "hadamard", head_dim=64)
+    found = open_path(edited(made, tmp_path / "a", {}, transform_config=asked))
+    how, x = inputs_of(found)[f"{MODULE}.weight"], torch.randn(5, 256) * torch.rand(256) ** 4
+    assert str(how) == "int8-token in a rotated basis"
+    assert str(inputs_of(found)["model.layers.0.mlp.up_proj.weight"]) == "int8-token"
+    assert how.basis is not None
+    turned = (x.unflatten(-1, (-1, 64)) @ how.basis()).flatten(-2)
+    wanted = rounded(how.grid, turned, {}) @ plain.read(f"{MODULE}.weight").T
+    torch.testing.assert_close(seen(how, x) @ found.read(f"{MODULE}.weight").T, wanted, rtol=1e-4, atol=1e-4)
+    report = convert(found, "safetensors", tmp_path / "dense", requantize=True)
+    assert any("in a rotated basis" in text for text in report.plan["remarks"])
+
+
+def test_bases_that_cannot_be(folder: Path, tmp_path: Path) -> None:
+    made, name = rounding(folder, tmp_path / "made"), f"{MODULE}.u_input.weight"
+    with pytest.raises(Refused, match="not orthogonal"):
+        open_path(edited(made, tmp_path / "a", {name: TURN}, transform_config=rotated("input")))
     asked = rotated("input", "hadamard")
-    with pytest.raises(Refused, match="rotated basis"):
-        open_path(edited(tmp_path / "made", tmp_path / "a", {}, transform_config=asked))
+    found = open_path(edited(made, tmp_path / "b", {name: 17 * TURN}, transform_config=asked))
+    basis = inputs_of(found)[f"{MODULE}.weight"].basis
+    with pytest.raises(BadFile, match="not orthogonal"):
+        assert basis is not None and basis() is None
+    found = open_path(edited(made, tmp_path / "c", {name: 16 * TURN}, transform_config=asked))
+    basis = inputs_of(found)[f"{MODULE}.weight"].basis
+    assert basis is not None
+    torch.testing.assert_close(basis(), TURN)

@@ -270,11 +270,12 @@ def _with_inputs(
     """The rows with what the source says of rounding their inputs; a remark where the file cannot say it."""
     told, left, made = inputs_of(source), Counter[str](), []
     for row in rows:
-        grid = told[row.name].grid if row.name in told and row.inputs is None else None
-        if grid is not None:
-            able = isinstance(container, InputContainer) and not container.refuses_inputs(row.grid, grid)
-            left.update([] if able else [str(grid)])
-            row = replace(row, inputs=grid) if able else row
+        how = told[row.name] if row.name in told and row.inputs is None else None
+        if how is not None:
+            able = isinstance(container, InputContainer) and how.basis is None
+            able = able and not container.refuses_inputs(row.grid, how.grid)
+            left.update([] if able else [str(how)])
+            row = replace(row, inputs=how.grid) if able else row
         made.append(row)
     remarks = [
         f"the inputs of {n} weights are rounded to {grid} in the source; this output does not say so, and "

@@ -76,7 +76,7 @@ def input_remarks(rows: Sequence[Row], source: Checkpoint) -> tuple[str, ...]:
         )
     known = inputs_of(source)
     if known:
-        kinds = Counter(str(how.grid) for how in known.values())
+        kinds = Counter(str(how) for how in known.values())
         listed = ", ".join(f"{n} to {kind}" for kind, n in kinds.most_common())
         remarks.append(
             f"the source rounds inputs when it runs ({listed}): not taken over, input=… in the recipe says so"

@@ -19,6 +19,8 @@ from compressed_tensors.transform import (
 from transformers import AutoModelForCausalLM
 
 from bitmill import mill
+from bitmill.calibrate.stream import Stream
+from bitmill.core.axes import inputs_of
 from bitmill.core.errors import Refused
 from bitmill.run.load import load_model
 from bitmill.source import open_path
@@ -74,7 +76,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
 }
 
 
-def saved(folder: Path, scheme: str, quantized: bool) -> torch.Tensor:
+def saved(folder: Path, scheme: str, quantized: bool, inputs: dict[str, Any] | None = None) -> torch.Tensor:
     """A folder that the package wrote; returns the logits of the model that it ran."""
     source = make_model(folder / "model", "llama", tied=False)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
@@ -82,7 +84,7 @@ def saved(folder: Path, scheme: str, quantized: bool) -> torch.Tensor:
     apply_transform_config(model, TransformConfig(config_groups=groups))
     if quantized:
         weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
-        group = {"targets": ["Linear"], "weights": weights}
+        group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
         settings = QuantizationConfig(config_groups={"group_0": group}, ignore=["lm_head"])
         apply_quantization_config(model, settings)
         for module in model.modules():
@@ -116,6 +118,26 @@ def test_what_runs_rotated_is_read_unrotated(tmp_path: Path, scheme: str, quanti
     with torch.no_grad():
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()(tokens(2, 12)).logits
     assert torch.equal(again, logits)
+
+
+@pytest.mark.parametrize("scheme", ["R4", "QuIP", "blocks", "permuted"])
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (8, True)])
+def test_inputs_are_rounded_where_it_runs_rotated(
+    tmp_path: Path, scheme: str, bits: int, symmetric: bool
+) -> None:
+    """In four symmetric bits the largest value of a token lies halfway between two levels, and its last place
+    decides: no two orders of summation agree there."""
+    about = {"num_bits": bits, "type": "int", "strategy": "token", "dynamic": True, "symmetric": symmetric}
+    wanted = saved(tmp_path, scheme, True, about)
+    found = open_path(tmp_path / "out")
+    assert any(how.basis is not None for how in inputs_of(found).values())
+    ids, spread = tokens(2, 12), float(wanted.std())
+    with torch.no_grad():
+        model = load_model(found)
+        error = float((model(ids).logits - wanted).abs().mean()) / spread
+        plain = Stream(found, inputs={})
+        off = float((plain.logits(plain.hidden(ids)) - wanted).abs().mean()) / spread
+    assert error < 0.02 and off > 3 * error
 
 
 def test_transformers_leaves_the_rotations_out(tmp_path: Path) -> None:

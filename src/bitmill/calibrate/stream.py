@@ -27,7 +27,7 @@ from bitmill.core.types import Inputs
 from bitmill.families.base import describe
 from bitmill.numerics.cache import Change, cache_changes, check_cache, watch_cache
 from bitmill.numerics.expert_inputs import check_all_inputs
-from bitmill.numerics.inputs import input_hook, rounded
+from bitmill.numerics.inputs import input_hook, seen
 
 Read = Callable[[str], Tensor]
 _VOCAB_ROWS = 16384  # head rows converted to float32 at a time: 37 MB at width 576, 268 MB at 4096
@@ -349,7 +349,7 @@ class Stream:
             x = norm(hidden.to(self.device, self.dtype)).float()
             weight, bias = self._head()
             inputs = self._inputs.get(f"{path_of(self._model, self._model.get_output_embeddings())}.weight")
-            x = x if inputs is None else rounded(inputs.grid, x, inputs.fixed)
+            x = x if inputs is None else seen(inputs, x)
             rows = weight.shape[0]
             out = torch.empty(*x.shape[:-1], rows, dtype=torch.float32, device=self.device)
             for a in range(0, rows, _VOCAB_ROWS):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ _FOLDED = ("weight_input", "weight_output")
 _PAIR = {"q_attn", "k_cache"}
 _TYPES = ("hadamard", "random-hadamard", "random-matrix")
 _WIDEST = 1 << 14
+_NEAR = 1e-2  # matrices are stored in 16 bits, too
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,41 @@ def folded(
         return wide.to(torch.float32)
 
     return fold
+
+
+def basis_of_inputs(
+    folder: TensorFolder, module: str, columns: int, asked: Sequence[Rotation], names: Names
+) -> Callable[[], Tensor] | None:
+    """What a layer's inputs are multiplied by before they are rounded, read when it is asked for; None where
+    only its outputs are rotated.
+
+    Raises:
+        Refused: the matrix need not be orthogonal, so that there is no rounding in another basis.
+        BadFile: it is missing or does not fit; when it is read, it is not orthogonal.
+    """
+    mine = [r for r in asked if names(r.targets, module) and not names(r.ignore, module)]
+    rotation = next((r for r in mine if r.location == "input"), None)
+    if rotation is None:
+        return None
+    where = f"{module} in {folder.path}"
+    if rotation.kind == "random-matrix":
+        raise Refused(
+            "its inputs are rounded in a basis that is not orthogonal, which is not simulated here",
+            where=where,
+            fix="give the original model",
+        )
+    return partial(_orthogonal, folder, rotation, _record(folder, rotation, module, columns, where))
+
+
+@lru_cache(maxsize=4)
+def _orthogonal(folder: TensorFolder, rotation: Rotation, record: tuple[str, int]) -> Tensor:
+    """The matrix in float32; the last few are kept, which most layers of a model share."""
+    turn = _matrix(folder, rotation, record)
+    if not torch.allclose(turn @ turn.T, torch.eye(len(turn), dtype=turn.dtype), atol=_NEAR):
+        raise BadFile(
+            f"the rotation {record[0] or rotation.group!r} is not orthogonal", where=str(folder.path)
+        )
+    return turn.to(torch.float32)
 
 
 def _record(folder: TensorFolder, rotation: Rotation, module: str, size: int, where: str) -> tuple[str, int]:

@@ -103,7 +103,7 @@ def _entry(checkpoint: Checkpoint, name: str, outliers: bool) -> dict[str, Any]:
         "name": name,
         "shape": list(fact.shape),
         "grid": fact.dtype if stored is None else str(stored.grid),
-        "inputs": None if inputs is None else str(inputs.grid),
+        "inputs": None if inputs is None else str(inputs),
         "parameters": count,
         "bits": dense if stored is None or len(fact.shape) != 2 else stored.bits,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from bitmill.checkpoint.packed_folder import (
     one_number,
     stored_cache,
 )
-from bitmill.checkpoint.rotations import Rotation, folded, is_matrix, rotations
+from bitmill.checkpoint.rotations import Rotation, basis_of_inputs, folded, is_matrix, rotations
 from bitmill.checkpoint.safetensors import DENSE, TensorFolder
 from bitmill.core.axes import Grid
 from bitmill.core.errors import BadFile, Refused
@@ -68,7 +69,14 @@ def open_folder(path: Path) -> PackedFolder:
     if asked:
         _fold(folder, config, asked, packed, inputs, matrices)
     aside = {name for name in folder.records if _ASIDE.search(name)}
-    return PackedFolder(folder, config, packed, aside, inputs, matrices, _cache(folder, config))
+    cache = _cache(folder, config)
+    if cache and any(rotation.location == "q_attn" for rotation in asked):
+        raise Refused(
+            "keys are rotated before they are rounded on their way into the cache, which is not simulated here",
+            where=f"{path}: kv_cache_scheme",
+            fix="give the original model; without that key in config.json the weights can be read",
+        )
+    return PackedFolder(folder, config, packed, aside, inputs, matrices, cache)
 
 
 def _fold(
@@ -76,13 +84,14 @@ def _fold(
     config: Mapping[str, Any],
     asked: Sequence[Rotation],
     packed: dict[str, Packed],
-    inputs: Mapping[str, Inputs],
+    inputs: dict[str, Inputs],
     matrices: Collection[str],
 ) -> None:
-    """Replace the weights of layers that are rotated while the model runs by those of one that is not.
+    """Replace the weights of layers that are rotated while the model runs by those of one that is not; inputs
+    that are rounded between rotation and product keep the basis where that is done.
 
     Raises:
-        Refused: inputs are rounded between rotation and product, or it is not a linear layer that is rotated.
+        Refused: that basis is not orthogonal, or it is not a linear layer that is rotated.
     """
     family = describe(config)
     layers = dict.fromkeys(name.removesuffix(".weight") for name in packed)
@@ -111,11 +120,8 @@ def _fold(
         if turn is None:
             continue
         if name in inputs:
-            raise Refused(
-                "its inputs are rounded in a rotated basis, which is not simulated here",
-                where=f"{module} in {folder.path}",
-                fix="give the original model",
-            )
+            basis = basis_of_inputs(folder, module, shape[1], asked, names)
+            inputs[name] = replace(inputs[name], basis=basis)
         read = stored.dense if stored is not None else partial(folder.read, name)
         parts = stored.parts if stored is not None else (name,)
         packed[name] = Packed(shape, parts, partial(_turned, read, turn), _nothing)

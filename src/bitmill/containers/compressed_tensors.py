@@ -11,10 +11,12 @@ NVFP4 without a word: they are for vLLM, and the plan says so.
 
 Read as well: groups in activation order (``weight_g_idx``) and rotations while the model runs
 (``transform_config``), both as dense values, since no grid has them; rotations go into the weights behind
-them. Neither is written: transformers loads such a folder without its rotations, and ``hadamard`` folds its
-own. Keys and values that go through a cache in FP8 or int8 have their scales (``k_scale``, ``v_scale``)
-beside the attention, and ``kv_cache_scheme`` says so: written by ``cache=``, read, kept by ``convert``, and
-what ``measure`` and ``load`` compute with, as transformers does. vLLM runs such caches in FP8 only.
+them, and inputs that are rounded behind one are rounded in its basis by ``measure`` and ``load``. Neither is
+written: transformers loads such a folder without its rotations, and ``hadamard`` folds its own.
+
+Keys and values that go through a cache in FP8 or int8 have their scales (``k_scale``, ``v_scale``) beside the
+attention, and ``kv_cache_scheme`` says so: written by ``cache=``, read, kept by ``convert``, and what
+``measure`` and ``load`` compute with, as transformers does. vLLM runs such caches in FP8 only.
 """
 
 from __future__ import annotations

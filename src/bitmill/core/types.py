@@ -161,10 +161,21 @@ class Problem:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """How the inputs of one linear are rounded: the grid, and what calibration fixed of it."""
+    """How the inputs of one linear are rounded.
+
+    Attributes:
+        grid: what to.
+        fixed: what calibration fixed of it.
+        basis: the orthogonal matrix ``T`` that a runtime multiplies each run of channels by before it rounds
+            them; the weight is that of inputs without it. None where they are rounded as they are.
+    """
 
     grid: InputGrid
     fixed: Params = field(default_factory=dict)
+    basis: Callable[[], Tensor] | None = None
+
+    def __str__(self) -> str:
+        return str(self.grid) if self.basis is None else f"{self.grid} in a rotated basis"
 
 
 @dataclass(frozen=True, eq=False)

@@ -167,7 +167,7 @@ _FOLDED = Note(
 
 def _rounding(file: Checkpoint) -> tuple[Note, ...]:
     """What the file says of its linears' inputs, which this measurement then did."""
-    kinds = Counter(str(how.grid) for how in inputs_of(file).values())
+    kinds = Counter(str(how) for how in inputs_of(file).values())
     told = [
         Note("inputs", str(file.path), f"inputs of {count} linears are rounded to {kind}, as the file says")
         for kind, count in kinds.most_common()

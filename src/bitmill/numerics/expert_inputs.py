@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bitmill.core.errors import Refused
 from bitmill.core.types import Inputs
-from bitmill.numerics.inputs import check_inputs, rounded
+from bitmill.numerics.inputs import check_inputs, seen
 
 Joined = Mapping[str, tuple[str, ...]]
 """Parameter path in transformers' layer to the module paths it is made of, as a family has them."""
@@ -97,4 +97,4 @@ def _run(
 
 def _seen(told: Mapping[_Place, Inputs], place: _Place, x: Tensor) -> Tensor:
     how = told.get(place)
-    return x if how is None else rounded(how.grid, x, how.fixed)
+    return x if how is None else seen(how, x)

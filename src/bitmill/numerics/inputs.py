@@ -64,6 +64,15 @@ def rounded(grid: InputGrid, x: Tensor, fixed: Params) -> Tensor:
     return (values * scale).reshape(x.shape).to(x.dtype)
 
 
+def seen(how: Inputs, x: Tensor) -> Tensor:
+    """:func:`rounded` as ``how`` says, in the basis that it says, and back."""
+    if how.basis is None:
+        return rounded(how.grid, x, how.fixed)
+    turn = how.basis().to(x.device, x.dtype)
+    there = (x.unflatten(-1, (-1, len(turn))) @ turn).flatten(-2)
+    return (rounded(how.grid, there, how.fixed).unflatten(-1, (-1, len(turn))) @ turn.T).flatten(-2)
+
+
 def input_hook(
     current: Callable[[], Inputs | None],
 ) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:
@@ -79,7 +88,7 @@ def input_hook(
 def straight(inputs: Inputs, x: Tensor) -> Tensor:
     """:func:`rounded`, through which derivatives go as if nothing had been rounded (Bengio et al., arXiv
     1308.3432)."""
-    values = rounded(inputs.grid, x.detach(), inputs.fixed)
+    values = seen(inputs, x.detach())
     return _Straight.apply(x, values) if x.requires_grad else values
 
 
