@@ -141,7 +141,7 @@ def rounding(folder: Path, out: Path) -> Path:
 
 
 def test_inputs_rounded_in_a_rotated_basis(folder: Path, tmp_path: Path) -> None:
-    """The layer computes what it does where inputs are rotated, rounded, and multiplied with what is stored."""
+    """The layer computes what it does where inputs are rotated, rounded, multiplied with what is stored."""
     made = rounding(folder, tmp_path / "made")
     plain = open_path(made)
     asked = rotated("input", "hadamard", head_dim=64)

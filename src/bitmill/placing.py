@@ -74,7 +74,8 @@ class Placing:
     ) -> Problem:
         """A stack as one problem."""
         name = "+".join(row.name for row in stack)
-        return Problem(name, stack[0].role, _stacked(stack, tensors), moments, stack[0].inputs)
+        runs = tuple((row.role, row.shape[0]) for row in stack)
+        return Problem(name, stack[0].role, _stacked(stack, tensors), moments, stack[0].inputs, runs)
 
     def accept(
         self,

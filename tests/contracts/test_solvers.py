@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -174,6 +176,21 @@ def test_clip_lowers_the_output_error_of_each_block(text: str):
             ((e[:, a : a + width] @ gram) * e[:, a : a + width]).sum(-1) for e in (clipped, fitted)
         )
         assert bool((ours <= theirs * 1.0001 + 1e-4).all())
+
+
+@pytest.mark.parametrize("text", ["int3-g32-asym", "q4_0", "int4-channel-sym"])
+def test_clip_may_leave_queries_and_keys(text: str):
+    grid, w, moments = registry.parse_grid(text), _weight(out=64), _moments()
+    runs = (("q", 16), ("k", 8), ("v", 40))
+    problem = Problem("q+k+v", "q", w, moments, runs=runs)
+    fit = grid.fit(w, moments.importance)
+    plain = grid.decode(grid.encode(w, fit), fit)
+    every = Clip(qk=True).solve([problem], [grid])[0].quantized.dense()
+    some = Clip(qk=False).solve([problem], [grid])[0].quantized.dense()
+    assert torch.equal(some[:24], plain[:24]) and torch.equal(some[24:], every[24:])
+    assert not torch.equal(every[:24], plain[:24])
+    alone = replace(problem, role="k", runs=())
+    assert torch.equal(Clip(qk=False).solve([alone], [grid])[0].quantized.dense(), plain)
 
 
 def test_clip_narrows_a_range_that_one_outlier_stretched():

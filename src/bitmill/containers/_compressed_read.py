@@ -72,7 +72,7 @@ def open_folder(path: Path) -> PackedFolder:
     cache = _cache(folder, config)
     if cache and any(rotation.location == "q_attn" for rotation in asked):
         raise Refused(
-            "keys are rotated before they are rounded on their way into the cache, which is not simulated here",
+            "keys are rotated before they are rounded for the cache, which is not simulated here",
             where=f"{path}: kv_cache_scheme",
             fix="give the original model; without that key in config.json the weights can be read",
         )

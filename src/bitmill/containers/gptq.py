@@ -99,7 +99,15 @@ class Gptq(CautiousContainer):
         return None
 
     def cautions(self, rows: Sequence[Row]) -> tuple[Caution, ...]:
-        return untried_experts(rows, "GPTQ folders")
+        kinds = {bits_and_group(row.grid): row.name for row in rows if isinstance(row.grid, Integer)}
+        rules = Caution(
+            "bits and groups differ by layer: GPTQModel and vLLM read that; transformers, by optimum, does "
+            "not and refuses the folder",
+            False,
+            next(iter(kinds.values()), ""),
+            "one grid for all layers, or > compressed-tensors",
+        )
+        return (*untried_experts(rows, "GPTQ folders"), *((rules,) if len(kinds) > 1 else ()))
 
     def adapt(self, grid: Grid, dtype: str) -> Grid:
         """Scales are half precision. In version 1 a zero point is stored as one less, so it starts at 1."""

@@ -150,13 +150,15 @@ class Note:
 @dataclass(frozen=True, eq=False)
 class Problem:
     """One weight to put on a grid. ``weight`` is ``out in`` float32; ``moments`` describe its input, and
-    ``inputs`` what that is rounded to when the model runs."""
+    ``inputs`` what that is rounded to when the model runs. Where several weights are solved as one, ``runs``
+    are their roles and rows, one after the other, and ``role`` is the first's."""
 
     name: str
     role: str
     weight: Tensor
     moments: Moments | None = None
     inputs: InputGrid | None = None
+    runs: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,10 +27,13 @@ class Clip(Solver):
     Attributes:
         shrink: the narrowest range tried, relative to the fitted one.
         points: ranges tried below the fitted one.
+        qk: whether the weights of queries and keys, which meet in a product, are narrowed too; the paper's
+            own code leaves them.
     """
 
     shrink: float = 0.5
     points: int = 10
+    qk: bool = True
 
     needs: ClassVar[str] = "nothing"
 
@@ -78,8 +81,17 @@ class Clip(Solver):
             cost = error(grid.scaled(start, torch.full_like(factor, tried)))
             factor = torch.where(cost < least, tried, factor)
             least = torch.minimum(cost, least)
+        if not self.qk:
+            factor = torch.where(_of_scores(problem, len(factor))[:, None], 1.0, factor)
         params = grid.scaled(start, factor)
         return Quantized(grid, grid.encode(w, params), params, (w.shape[0], w.shape[1]))
+
+
+def _of_scores(problem: Problem, blocks: int) -> Tensor:
+    """Which rows of blocks make queries or keys."""
+    runs = problem.runs or ((problem.role, problem.weight.shape[0]),)
+    rows = torch.cat([torch.full((height,), role in ("q", "k")) for role, height in runs])
+    return rows[:: -(-len(rows) // blocks)].to(problem.weight.device)
 
 
 def _price(problem: Problem, block: tuple[int, int]) -> Callable[[Tensor], Tensor]:
