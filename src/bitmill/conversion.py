@@ -272,8 +272,11 @@ def _with_inputs(
     for row in rows:
         how = told[row.name] if row.name in told and row.inputs is None else None
         if how is not None:
-            able = isinstance(container, InputContainer) and how.basis is None
-            able = able and not container.refuses_inputs(row.grid, how.grid)
+            able = (
+                isinstance(container, InputContainer)
+                and how.basis is None
+                and not container.refuses_inputs(row.grid, how.grid)
+            )
             left.update([] if able else [str(how)])
             row = replace(row, inputs=how.grid) if able else row
         made.append(row)

