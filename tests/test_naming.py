@@ -61,7 +61,7 @@ def test_what_bitmill_calls_it(name: str, recipe: str, runs: str) -> None:
         ("BitNet", "trained", "TQ1_0"), ("SpinQuant", "learned", "hadamard"),
         ("AQLM-2bit-1x16", "codebooks", "e8p"),
         ("W4A8KV4", "QServe", "w4a8"), ("turboquant", "keys and values", "--kv"),
-        ("EfficientQAT", "training", "autoround"),
+        ("LLM-QAT", "training", "efficientqat"),
         ("gptq-marlin", "kernel", "gptq"),
     ],
 )  # fmt: skip
