@@ -141,9 +141,6 @@ class _Boundary:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and exit with its code."""
-    # Idle threads of a product sleep, before torch is there to read this: where another program has one of
-    # the cores, spinning ones make a block take two to five times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     with _Boundary(debug):
