@@ -1,11 +1,13 @@
 """Blocks streamed one by one compute what transformers computes whole, for every family."""
 
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from bitmill.calibrate.crew import Crew
 from bitmill.calibrate.moments import MomentSum, load_moments, save_moments
 from bitmill.calibrate.stream import Stream
 from bitmill.core.errors import BadFile, Refused, Unsolvable
@@ -114,3 +116,80 @@ def test_moments_refuse_what_is_not_finite_and_files_that_are_not_theirs(tmp_pat
         MomentSum(4, gram=False).add(torch.tensor([[1.0, 2, 3, 4], [1, float("inf"), 3, 4]]), "x")
     with pytest.raises(Refused):
         load_moments(tmp_path / "none")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_inputs_are_shown_in_order_by_the_same_thread_whatever_computed_them(
+    threads: int, tmp_path: Path
+) -> None:
+    stream = Stream(open_source(str(make_model(tmp_path))))
+    block, x = stream.block(0), stream.embed(tokens(5, 16))
+    want = block.forward(x)
+    shown: list[tuple[int, torch.Tensor]] = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        hidden = x.clone()
+        see = {"mlp.down_proj": lambda v: shown.append((threading.get_ident(), v.clone()))}
+        steps = block.steps(hidden, see, 1)
+        assert next(steps) == "mlp.down_proj"
+        assert torch.get_num_threads() == threads  # the caller's operations have all of them
+        assert next(steps, None) is None
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(hidden, want)
+    whole: list[torch.Tensor] = []
+    block.watched(x, {"mlp.down_proj": whole.append})
+    assert {thread for thread, _ in shown} == {threading.get_ident()}
+    torch.testing.assert_close(torch.cat([v for _, v in shown]), whole[0])
+
+
+def test_an_error_in_a_thread_reaches_the_caller_and_the_block_can_be_used_again(tmp_path: Path) -> None:
+    stream = Stream(open_source(str(make_model(tmp_path))))
+    block, x = stream.block(0), stream.embed(tokens(5, 16))
+    linear = block.linears()["mlp.up_proj"]
+
+    def fail(*_: object) -> None:
+        raise ArithmeticError("in the middle")
+
+    handle = linear.register_forward_hook(fail)
+    with pytest.raises(ArithmeticError, match="in the middle"):
+        block.in_step(x.clone(), {"self_attn.o_proj": _Witness("o", [])}, 1)
+    handle.remove()
+    hidden = x.clone()
+    block.in_step(hidden, {"self_attn.o_proj": _Witness("o", [])}, 1)
+    torch.testing.assert_close(hidden, block.forward(x))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_gram_matrices_of_many_parts_do_not_depend_on_who_sums_which_panel(threads: int) -> None:
+    parts = [torch.randn(50, 1300, generator=torch.Generator().manual_seed(k)) for k in range(4)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        total = MomentSum(1300, gram=True)
+        total.add_all(parts, "x")
+    finally:
+        torch.set_num_threads(before)
+    x = torch.cat(parts).double()
+    gram = total.moments().gram
+    assert gram is not None
+    torch.testing.assert_close(gram.double(), x.T @ x, rtol=1e-5, atol=1e-3)
+    assert torch.equal(gram, gram.T)
+
+
+def test_workers_keep_their_threads_and_errors_wait_for_all() -> None:
+    crew = Crew(2)
+    first, again = crew.each(lambda k: threading.get_ident()), crew.each(lambda k: threading.get_ident())
+    assert first == again and len(set(first)) == 2 and threading.get_ident() not in first
+    done: list[int] = []
+
+    def work(k: int) -> None:
+        if k == 0:
+            raise ArithmeticError("one of them")
+        done.append(k)
+
+    with pytest.raises(ArithmeticError, match="one of them"):
+        crew.each(work)
+    assert done == [1]
+    crew.close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from threading import Lock
 from typing import Any
 
 import torch
@@ -124,10 +125,12 @@ class CacheRange:
     def __init__(self) -> None:
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
+        self._lock = Lock()  # micro-batches come from several threads
 
     def see(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Look at keys and values ``n heads tokens channels``, and leave them as they are."""
-        self._keys, self._values = _larger(self._keys, keys), _larger(self._values, values)
+        with self._lock:
+            self._keys, self._values = _larger(self._keys, keys), _larger(self._values, values)
         return keys, values
 
     def scale(self, row: Row, dtype: str) -> Params:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -22,7 +23,9 @@ import torch
 from torch import Tensor
 
 from bitmill.account import Report
+from bitmill.calibrate.allocator import freed_memory_kept
 from bitmill.calibrate.moments import MomentSum
+from bitmill.calibrate.stage import Stage
 from bitmill.calibrate.stream import Block, Stream, Twin
 from bitmill.calibrate.tokens import Calibration
 from bitmill.core.axes import CalibratedSolver, Checkpoint, Container
@@ -43,25 +46,6 @@ CHUNK = 1 << 24  # weights converted to float32 at a time outside the blocks: 64
 MICRO_TOKENS = 4096  # tokens of a forward pass: enough for full speed, few enough to stay in cache
 STEP_TOKENS = 2048  # tokens of a micro-batch where all go in step: temporaries of a few MB stay in cache
 EXPLOSION = 10.0  # a block whose output error is ten times its own contribution has stopped being that block
-
-
-@dataclass
-class _Stage:
-    """Gathers the moments of a group's input until all tokens are there, then has the group solved."""
-
-    group: Sequence[Row]
-    total: MomentSum
-    solve: Callable[[Sequence[Row], Moments], None]
-    twin: Twin | None = None
-
-    def see(self, x: Tensor) -> None:
-        self.total.add(x, self.group[0].name, None if self.twin is None else self.twin.take())
-
-    def close(self) -> None:
-        if self.twin is not None:
-            self.twin.advance()
-        self.solve(self.group, self.total.moments())
-        self.total = MomentSum(1, False)  # of many experts, one Gram matrix at a time is alive
 
 
 @dataclass
@@ -109,16 +93,17 @@ class Walk:
             self._outside(layers)
         hidden = self._hidden_so_far(done)
         stream = self._stream() if self._forward_needed and layers else None
-        for index in layers[max(len(done) - 1, 0) :]:
-            self.tell("block", index, len(layers), f"block {index}")
-            before = len(self.notes)
-            if stream is not None and hidden is None:
-                hidden = stream.embed(self.calibration.tokens)
-                self._original = hidden.clone() if self._along else None
-            hidden = self._block(index, stream, hidden)
-            kept = index + 1 < len(layers) and self._worth_keeping(index, hidden)
-            self._journal(f"block {index}", before, hidden if kept else None)
-            self.tell("block", index + 1, len(layers), self._block_line(index))
+        with freed_memory_kept() if stream is not None else nullcontext():
+            for index in layers[max(len(done) - 1, 0) :]:
+                self.tell("block", index, len(layers), f"block {index}")
+                before = len(self.notes)
+                if stream is not None and hidden is None:
+                    hidden = stream.embed(self.calibration.tokens)
+                    self._original = hidden.clone() if self._along else None
+                hidden = self._block(index, stream, hidden)
+                kept = index + 1 < len(layers) and self._worth_keeping(index, hidden)
+                self._journal(f"block {index}", before, hidden if kept else None)
+                self.tell("block", index + 1, len(layers), self._block_line(index))
         return Report(
             path=str(self.space.out),
             plan=self.plan.to_json(),
@@ -277,7 +262,7 @@ class Walk:
         if original is not None and self._original is not None:
             twin = Twin(original, self._original, paths, batch)
         gates = {
-            path: _Stage(group, self._sum(group, hidden, self._cross), solve, twin)
+            path: Stage(group, self._sum(group, hidden, self._cross), solve, twin)
             for path, group in zip(paths, groups, strict=True)
         }
         cache = self.placing.watch_cache(block)

@@ -7,7 +7,8 @@ safetensors; a group of layers that share an input (q, k and v) is stored once.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,11 +17,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bitmill.calibrate.crew import Crew
 from bitmill.core.errors import BadFile, Refused, Unsolvable
 from bitmill.core.types import Moments
 
 FILE_KIND = "bitmill-moments-1"
-_PANEL = 192  # rows: fewer lose more to products too thin for both cores than to what is done twice
+_PANEL = 192  # rows at most: wider ones lose more to what is done twice than thin products cost
 
 
 @dataclass
@@ -63,7 +65,21 @@ class MomentSum:
         Raises:
             Unsolvable: an activation is NaN or infinite; ``where`` is named.
         """
-        x = x.reshape(-1, self.width).float()
+        self.add_all([x], where, None if original is None else [original])
+
+    def add_all(self, parts: Sequence[Tensor], where: str, originals: Sequence[Tensor] | None = None) -> None:
+        """As :meth:`add` of each, one after the other, their Gram matrices on all threads."""
+        parts = [x.reshape(-1, self.width).float() for x in parts]
+        for x in parts:
+            self._add_sums(x)
+        if self._gram is not None:
+            _add_upper(self._gram, parts)
+        self._check(parts, where)
+        if self._cross is not None and originals is not None:
+            for x, original in zip(parts, originals, strict=True):
+                self._cross.addmm_((original.reshape(-1, self.width).float() - x).T, x)
+
+    def _add_sums(self, x: Tensor) -> None:
         self.tokens += x.shape[0]
         if self._magnitude is not None and self._absmax is not None:
             magnitude = x.abs()
@@ -74,18 +90,18 @@ class MomentSum:
             self._high = torch.maximum(self._high, x.amax(0))
         if self._gram is None:
             self._square += x.square().sum(0)
-        else:
-            _add_upper(self._gram, x)
+
+    def _check(self, parts: Sequence[Tensor], where: str) -> None:
         known = self._square if self._gram is None else self._gram.diagonal()
         if not torch.isfinite(known).all():
-            bad = int((~torch.isfinite(x)).sum())
+            bad = sum(int((~torch.isfinite(x)).sum()) for x in parts)
             raise Unsolvable(
-                f"{bad} of {x.numel()} activations are NaN or infinite" if bad else "activations overflow",
+                f"{bad} of {sum(x.numel() for x in parts)} activations are NaN or infinite"
+                if bad
+                else "activations overflow",
                 where=f"input of {where}",
                 fix="check that the source model itself produces finite logits; calibrate with --device cpu",
             )
-        if self._cross is not None and original is not None:
-            self._cross.addmm_((original.reshape(-1, self.width).float() - x).T, x)
 
     def moments(self) -> Moments:
         """The sums so far, as a frozen record. The accumulator must not be used afterwards."""
@@ -100,12 +116,26 @@ class MomentSum:
         )
 
 
-def _add_upper(gram: Tensor, x: Tensor) -> None:
-    """Add ``xᵀx`` to the upper triangle, a panel of rows at a time: 9/16 of the full product's work at
-    eight panels. What falls below the diagonal inside a panel is overwritten by :func:`_mirror`."""
-    for a in range(0, gram.shape[0], _PANEL):
-        b = min(a + _PANEL, gram.shape[0])
-        gram[a:b, a:].addmm_(x[:, a:b].T, x[:, a:])
+def _add_upper(gram: Tensor, parts: Sequence[Tensor]) -> None:
+    """Add ``xᵀx`` of every part to the upper triangle, a panel of rows at a time: 9/16 of the full product's
+    work at eight panels. What falls below the diagonal inside a panel is overwritten by :func:`_mirror`.
+
+    On the CPU each thread has panels of its own, so that the order of a sum is that of the parts.
+    """
+    width = gram.shape[0]
+    rows = max(_PANEL // 2, min(_PANEL, width // 8))
+    panels = [(a, min(a + rows, width)) for a in range(0, width, rows)]
+    size = min(torch.get_num_threads(), len(panels)) if gram.device.type == "cpu" else 1
+
+    def work(k: int) -> None:
+        for place, (a, b) in enumerate(panels):
+            turn, worker = divmod(place, size)
+            if k == (worker if turn % 2 == 0 else size - 1 - worker):  # panels shrink: back and forth is fair
+                for x in parts:
+                    gram[a:b, a:].addmm_(x[:, a:b].T, x[:, a:])
+
+    with closing(Crew(size)) as crew:
+        crew.each(work)
 
 
 def _mirror(gram: Tensor, rows: int = 1024) -> None:

@@ -15,9 +15,10 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from greenlet import getcurrent, greenlet
+from greenlet import getcurrent
 from torch import Tensor, nn
 
+from bitmill.calibrate.crew import MicroBatches
 from bitmill.calibrate.experts import Experts, opened
 from bitmill.calibrate.head import Head
 from bitmill.calibrate.skeleton import empty_model, final_norm_path, find_layers, path_of, scaled_logits
@@ -163,13 +164,15 @@ class Block:
         self, hidden: Tensor, see: Mapping[str, Callable[[Tensor], None]], batch: int
     ) -> Generator[str, None, None]:
         """As :meth:`in_step`, one gate after the other: its path, once every micro-batch has shown its input
-        to ``see[path]`` and waits there. To be closed, and run through, where gradients are off."""
-        here = getcurrent()
+        to ``see[path]`` and waits there. Gradients are off inside. On the CPU each thread has micro-batches
+        of its own; inputs are shown in the caller's, in the order of the sequences."""
+        starts = range(0, hidden.shape[0], batch)
+        for first in {starts[0], starts[-1]}:  # noted for these shapes before threads ask for it
+            self._stream.call(self.index, hidden[first : first + batch])
 
         def stop(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-                see[path](args[0])
-                here.switch(path)
+                getcurrent().parent.switch((path, args[0]))
 
             return hook
 
@@ -178,27 +181,23 @@ class Block:
             part.copy_(self.forward(part))
 
         order = {path: place for place, path in enumerate(see)}
-        waiting: dict[greenlet, str] = {}
-        with torch.no_grad(), self._hooks({path: stop(path) for path in see}):
-            try:
-                for first in range(0, hidden.shape[0], batch):
-                    one = greenlet(run)
-                    place = one.switch(first)
-                    if place is not None:
-                        waiting[one] = place
-                while waiting:
-                    # A router may send no token of a micro-batch to an expert: those further on stay there.
-                    gate = min(waiting.values(), key=order.__getitem__)
-                    yield gate
-                    for one in [w for w, place in waiting.items() if place == gate]:
-                        place = one.switch()
-                        if place is None:
-                            del waiting[one]
-                        else:
-                            waiting[one] = place
-            finally:
-                for one in waiting:  # an error leaves the others inside the block, hooks and all
-                    one.throw()
+        batches = MicroBatches(run, starts, torch.get_num_threads() if hidden.device.type == "cpu" else 1)
+        with closing(batches), self._hooks({path: stop(path) for path in see}):
+            waiting: dict[int, str] = {}
+            ready: Sequence[int] = starts
+            while ready:
+                for first, reached in batches.go_on(ready):
+                    if reached is None:
+                        waiting.pop(first, None)
+                    else:
+                        waiting[first], x = reached
+                        see[waiting[first]](x)
+                if not waiting:
+                    return
+                # A router may send no token of a micro-batch to an expert: those further on stay there.
+                gate = min(waiting.values(), key=order.__getitem__)
+                yield gate
+                ready = [first for first, place in waiting.items() if place == gate]
 
 
 class Twin:

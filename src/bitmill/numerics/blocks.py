@@ -23,7 +23,8 @@ from bitmill.numerics import iquant_layout as iq
 from bitmill.numerics.iquant_layout import half, nibbles, unhalf, unnibbles
 
 Bytes = NDArray[np.uint8]
-_SHARE = 1 << 17  # codes that fit a core's cache with what is made of them
+_SHARE = 1 << 17  # codes worth a thread: the calls of a share take as long as 2^16 codes
+_LARGEST_SHARE = 1 << 22  # codes; what is made of them takes some 30 MiB
 
 
 class BlockType(NamedTuple):
@@ -108,13 +109,14 @@ def pack(type: str, codes: Tensor, params: Mapping[str, Tensor]) -> Bytes:
             packed[rows, :, start : start + field.shape[2]] = field
             start += field.shape[2]
 
-    shares = max(1, min(out, q.size // _SHARE))
+    threads = max(1, min(torch.get_num_threads(), q.size // _SHARE))
+    shares = max(1, min(out, threads * -(-q.size // (threads * _LARGEST_SHARE))))
     edges = [out * k // shares for k in range(shares + 1)]
-    if shares == 1 or torch.get_num_threads() == 1:
+    if threads == 1:
         for first, last in pairwise(edges):
             fill(first, last)
     else:
-        with ThreadPoolExecutor(min(shares, torch.get_num_threads())) as pool:
+        with ThreadPoolExecutor(threads) as pool:
             list(pool.map(fill, edges[:-1], edges[1:]))
     return packed.reshape(out, -1)
 

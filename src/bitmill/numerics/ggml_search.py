@@ -20,7 +20,11 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from bitmill.numerics.lanes import LANES as EIGHT
+from bitmill.numerics.lanes import load, minus, over, plus, spread, store, times, where_less
+
 _compiled = njit(cache=True, nogil=True, error_model="numpy")
+_inlined = njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
 
 LANES = 64
 """Runs a search takes side by side; the unit of ``start … stop`` in the two run searches."""
@@ -30,6 +34,7 @@ SQUARE, SIZE, LOUDNESS, GIVEN, SHAPED = range(5)
 
 _Floats = NDArray[np.float32]
 _Codes = NDArray[Any]
+_Eight = Any
 _f, _i = np.float32, np.int32
 _ROUND, _MANTISSA, _MIDDLE = _f(12582912.0), _i(0x007FFFFF), _i(0x00400000)
 _TINY, _TENTH, _ZERO, _ONE = _f(1e-15), _f(0.1), _f(0), _f(1)
@@ -112,6 +117,7 @@ def symmetric_runs(
     n = x.shape[1]
     work, s = np.empty(2 * n * LANES, np.float32), np.empty(_ROWS * LANES, np.float32)
     least, most = _i(-half), _i(half - 1)
+    low, high = _f(least), _f(most)
     for group in range(start, stop):
         first = group * LANES
         _load(work, n, first, x, kind, importance, power, per)
@@ -119,7 +125,7 @@ def symmetric_runs(
         for trial in range(-10, 10):
             if trial != 0:
                 ladder = _f(half) if trial == -10 else _f(half) + _TENTH * _f(trial)
-                _try_symmetric(work, n, s, ladder, trial == -10, least, most)
+                _try_symmetric(work, n, s, ladder, trial == -10, low, high)
         for j in range(min(LANES, x.shape[0] - first)):
             silent = s[_ERROR + j] < _TINY
             scale[first + j], share[first + j] = _ZERO if silent else s[_SCALE + j], s[_SUM_W + j]
@@ -147,24 +153,40 @@ def _peak(work: _Floats, n: int, s: _Floats) -> None:
 
 @_compiled
 def _try_symmetric(
-    work: _Floats, n: int, s: _Floats, ladder: np.float32, always: bool, least: np.int32, most: np.int32
+    work: _Floats, n: int, s: _Floats, ladder: np.float32, always: bool, least: np.float32, most: np.float32
 ) -> None:
-    for j in range(LANES):
-        s[_INVERSE + j] = -ladder / s[_HIGH + j]
-        s[_SUM_XQ + j] = _ZERO
-        s[_SUM_QQ + j] = _ZERO
+    for j in range(0, LANES, EIGHT):
+        inverse = over(spread(-ladder), load(s, _HIGH + j))
+        dot, norm = _fit_symmetric(work, n, j, inverse, least, most)
+        scale = over(dot, norm)
+        if always:
+            scale = where_less(spread(_ZERO), norm, scale, spread(_ZERO))
+            store(s, _SCALE + j, scale)
+            store(s, _BEST + j, times(scale, dot))
+            store(s, _CHOSEN + j, inverse)
+        else:  # where the norm is 0, so is the product, which then is not above anything
+            best = load(s, _BEST + j)
+            gained, needed = times(dot, dot), times(best, norm)
+            store(s, _SCALE + j, where_less(needed, gained, scale, load(s, _SCALE + j)))
+            store(s, _BEST + j, where_less(needed, gained, times(scale, dot), best))
+            store(s, _CHOSEN + j, where_less(needed, gained, inverse, load(s, _CHOSEN + j)))
+
+
+@_inlined
+def _fit_symmetric(
+    work: _Floats, n: int, j: int, inverse: _Eight, least: np.float32, most: np.float32
+) -> tuple[_Eight, _Eight]:
+    """Sums of ``w x q`` and ``w q²`` of eight runs from ``j``; sums stay in registers."""
+    low, high, middle = spread(least), spread(most), spread(_ROUND)
+    dot, norm = spread(_ZERO), spread(_ZERO)
     for i in range(n):
-        for j in range(LANES):
-            x, w = work[2 * i * LANES + j], work[(2 * i + 1) * LANES + j]
-            q = _f(clipped(s[_INVERSE + j] * x, least, most))
-            s[_SUM_XQ + j] += w * x * q
-            s[_SUM_QQ + j] += w * q * q
-    for j in range(LANES):
-        dot, norm = s[_SUM_XQ + j], s[_SUM_QQ + j]
-        if always or (norm > 0 and dot * dot > s[_BEST + j] * norm):
-            s[_SCALE + j] = dot / norm if norm != 0 else _ZERO
-            s[_BEST + j] = s[_SCALE + j] * dot
-            s[_CHOSEN + j] = s[_INVERSE + j]
+        x, w = load(work, 2 * i * LANES + j), load(work, (2 * i + 1) * LANES + j)
+        q = minus(plus(times(inverse, x), middle), middle)
+        q = where_less(q, low, low, q)
+        q = where_less(high, q, high, q)
+        dot = plus(dot, times(times(w, x), q))
+        norm = plus(norm, times(times(w, q), q))
+    return dot, norm
 
 
 @_compiled
