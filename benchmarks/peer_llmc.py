@@ -77,6 +77,9 @@ def main() -> None:
     original = {name: value.clone() for name, value in model.state_dict().items()}
     ids = load_file(options.tokens)["input_ids"]
     dataset = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
+    if not torch.accelerator.is_available():
+        # Its AWQ pins intermediates for copies to a device, which torch refuses where there is none.
+        torch.Tensor.pin_memory = lambda tensor, *_: tensor
     before = time.monotonic()
     oneshot(
         model=model,
