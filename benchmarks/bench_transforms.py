@@ -17,11 +17,11 @@ SIDES = {
         True,
     ),
 }
-NOTES = """The same {windows} windows of 512 tokens of Python's manual, one after the other. The peer's `awq` is its
-transform before plain rounding, and so is Bitmill's. W8A8: weights by rows, inputs by tokens, both rounded
-while the model is scored. `seconds` is the peer's `oneshot` call alone, and all of `bitmill.quantize` with
-reading the model and writing the file; `whole` are the two processes from first line to last. KLD in nats
-against the original: `docs` is the calibration's kind of text, `other` is not."""
+NOTES = """The same {windows} windows of 512 tokens of Python's manual, one after the other. The peer's
+`awq` is its transform before plain rounding, and so is Bitmill's. W8A8: weights by rows, inputs by tokens,
+both rounded while the model is scored. `seconds` is the peer's `oneshot` call alone, and all of
+`bitmill.quantize` with reading the model and writing the file; `whole` are the two processes from first line
+to last. KLD in nats against the original: `docs` is the calibration's kind of text, `other` is not."""
 
 
 def main() -> None:
