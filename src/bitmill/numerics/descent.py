@@ -63,8 +63,7 @@ def _rescale(
         if width > columns or params[name].shape[0] != len(now):
             continue  # a scale of whole rows, or of several, belongs to no block of one row's columns
         scales = params[name].to(torch.float32)
-        one_more = grid.decode(codes, {**params, name: scales + 1}, first)
-        basis = one_more - grid.decode(codes, {**params, name: scales}, first)
+        basis = grid.decode(codes, {**params, name: scales + 1}, first) - now
         for a in range(0, columns, width):
             part, column = basis[:, a : a + width], (first + a) // width
             reached = part @ near[a : a + width]
@@ -75,8 +74,9 @@ def _rescale(
             step = torch.where(step * (2 * slope - step * energy) > 0, step, 0.0)
             scales[:, column] += step
             pull -= step[:, None] * reached
+            now[:, a : a + width] += step[:, None] * part
         params = {**params, name: scales.to(params[name].dtype)}
-    now.copy_(grid.decode(codes, params, first))
+    now.copy_(grid.decode(codes, params, first))  # to the bit what a reader will see
     return params
 
 
