@@ -66,8 +66,21 @@ ARROWS: dict[str, set[str]] = {
     "run": _FACTS | {"source"},
     "advise": _PLANNED | {"planning", "run"},
     "measurement": _MILLED | {"mill", "run"},
+    "sweep": _MILLED | {"mill", "several", "measurement", "advise", "pages"},
+    "pages": _BASE | {"measurement", "advise", "journal", "source"},
     "cli": _MILLED
-    | {"mill", "transfer", "several", "conversion", "run", "measurement", "budgeting", "advise"},
+    | {
+        "mill",
+        "transfer",
+        "several",
+        "conversion",
+        "run",
+        "measurement",
+        "budgeting",
+        "advise",
+        "sweep",
+        "pages",
+    },
     "__main__": {"cli"},
     "": set(),  # bitmill/__init__.py names modules as text, and imports none
 }

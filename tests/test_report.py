@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from html.parser import HTMLParser
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,7 @@ from rich.console import Console
 
 from bitmill.core.errors import Refused
 from bitmill.core.types import Note
-from bitmill.measurement import html, report
+from bitmill.measurement import report
 from bitmill.measurement.compare import compare, mcnemar
 from bitmill.measurement.logits import Positions, summarize
 from bitmill.measurement.record import Record, Side
@@ -142,61 +140,6 @@ def test_the_table_says_what_the_record_holds() -> None:
     assert report.give(made.summary.kld.mean, (high - low) / 2) in said
     assert "91.7 MB" in said and "4.500" in said and "(worst)" in said and "25 %" in said
     assert "[bold red]" in said
-
-
-class Tags(HTMLParser):
-    """Collects tags, so that a page can be searched for what must not be there."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.open: list[str] = []
-        self.links: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.links += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href") or k.startswith("on")]
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-1:]}"
-        self.open.pop()
-
-
-def parsed(page: str) -> Tags:
-    tags = Tags()
-    tags.feed(page)
-    return tags
-
-
-def test_the_page_is_whole_escaped_and_fetches_nothing() -> None:
-    page = html.page(record().to_json())
-    tags = parsed(page)
-    assert tags.open == [] and tags.links == []
-    assert not {"script", "img", "link", "iframe"} & set(tags.tags)
-    assert "alert(" in page and "<script" not in page
-    assert "url(" not in page and "@import" not in page and not re.search(r"https?://", page)
-    assert tags.tags.count("svg") == 4 and "prefers-color-scheme: dark" in page
-
-
-def test_the_page_survives_everything_that_may_be_missing() -> None:
-    made = record()
-    plain = made.to_json()
-    plain |= {"floor": None, "floor_details": None, "overlap": None, "calibration": None, "same_basis": False}
-    plain |= {"bpw_linears": None, "correlation": None, "ppl_se": None, "nonfinite": 0.25}
-    plain["kld"] = {**plain["kld"], "ci95": None}
-    assert parsed(html.page(plain)).open == []
-    printed(report.table(plain))
-    same = record(positions=positions(0, 0.0), summary=summarize(positions(0, 0.0))).to_json()
-    assert parsed(html.page(same)).open == []
-    broken = made.to_json()
-    broken["tensors"][0]["relative"] = None
-    assert "broken" in html.page(broken)
-    printed(report.table(broken))
 
 
 def test_json_is_strict() -> None:

@@ -13,6 +13,7 @@ import typer
 
 from bitmill.cli import exits, say
 from bitmill.cli.advise import advise
+from bitmill.cli.bench import bench
 from bitmill.cli.budget import budget
 from bitmill.cli.convert import convert
 from bitmill.cli.doctor import doctor
@@ -21,8 +22,10 @@ from bitmill.cli.inspect import inspect as inspect_file
 from bitmill.cli.measure import measure
 from bitmill.cli.names import names
 from bitmill.cli.plan import plan
+from bitmill.cli.publish import publish
 from bitmill.cli.quantize import quantize
 from bitmill.cli.recipes import recipes
+from bitmill.cli.sweep import sweep
 from bitmill.core.errors import BitmillError
 
 ABOUT = """Quantize any language model with any method into the file your runtime already loads, and measure
@@ -78,6 +81,9 @@ _add(convert)
 _add(plan)
 _add(inspect_file)
 _add(budget)
+_add(sweep)
+_add(bench)
+_add(publish)
 _add(advise)
 _add(imatrix)
 _add(names)

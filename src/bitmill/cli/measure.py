@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -62,7 +63,12 @@ def measure(
     device: Device = "cpu",
     revision: Revision = None,
     html: Annotated[
-        Path | None, typer.Option("--html", help="Write a page to look at, one a file.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--html",
+            help="Write a page to look at: of the file, or of all files beside each other.",
+            show_default=False,
+        ),
     ] = None,
     max_kld: Annotated[
         float | None, typer.Option("--max-kld", min=0, help="Largest mean KL divergence.", show_default=False)
@@ -102,7 +108,7 @@ def measure(
     how = How(text, window, windows, every, chat, floor, seed, device, revision)
     records = account(files, against, how)
     if html is not None:
-        _pages(records, html)
+        _page(records, files, against, how, html)
     if json:
         say.emit(_plain(records))
     else:
@@ -188,19 +194,24 @@ def _plain(records: Sequence[Record]) -> Any:
     return {"records": [record.to_json() for record in records], "comparisons": pairs}
 
 
-def _pages(records: Sequence[Record], path: Path) -> None:
-    from bitmill.measurement.html import page
+def _page(records: Sequence[Record], files: Sequence[str], against: str, how: How, path: Path) -> None:
+    from bitmill.cli import page
+    from bitmill.source import open_source
 
-    for record in records:
-        one = len(records) == 1
-        target = path if one else path.with_name(f"{path.stem}-{record.quantized.name}{path.suffix}")
-        try:
-            target.write_text(page(record.to_json()), encoding="utf-8")
-        except OSError as error:
-            raise Refused(
-                f"cannot write {str(target)!r}: {error.strerror}", fix="choose another --html"
-            ) from error
-        say.note(f"page: {target}")
+    options = [word for text in how.text or () for word in ("--text", text)]
+    for name, value, usual in (
+        ("--window", how.window, How.window),
+        ("--windows", how.windows, How.windows),
+        ("--seed", how.seed, How.seed),
+    ):
+        options += [name, str(value)] if value != usual else []
+    flags = {"--all-positions": how.every, "--chat": how.chat, "--no-floor": not how.floor}
+    options += [flag for flag, given in flags.items() if given]
+    command = shlex.join(["bitmill", "measure", *files, "--against", against, *options])
+    original = open_source(against, revision=how.revision)
+    with Teller() as teller:
+        made = page.of_records(records, files, original, command, teller)
+    page.put(made, path)
 
 
 def _limits(

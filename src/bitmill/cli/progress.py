@@ -39,6 +39,9 @@ TITLES = {
     "measure": "measuring",
     "floor": "noise floor",
     "tensors": "comparing tensors",
+    "panels": "looking into tensors",
+    "tier": "tiers",
+    "bench": "timing",
 }
 
 

@@ -20,8 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bitmill.numerics.student import student
+
 CHUNK_BYTES = 64 << 20  # of float32 logits of one model at a time; three such arrays are alive at once
 DRAWS = 2000
+WORST = 12  # positions whose first choices are kept
+TOP = 5  # choices of each model there
 CONFIDENCE_EDGES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 Floats = NDArray[np.float64]
@@ -80,11 +84,28 @@ class Positions:
         return cls(**{name: np.concatenate([vars(p)[name] for p in parts]) for name in vars(parts[0])})
 
 
+@dataclass(frozen=True)
+class Choices:
+    """What both models would rather say at one position: tokens and their probabilities, best first."""
+
+    kld: float
+    window: int
+    place: int
+    reference: tuple[tuple[int, float], ...]
+    quantized: tuple[tuple[int, float], ...]
+
+
 @dataclass
 class Scores:
-    """Accumulator: logits go in by the piece, a few bytes a position stay."""
+    """Accumulator: logits go in by the piece, a few bytes a position stay.
+
+    Attributes:
+        parts: what was scored.
+        worst: choices at the :data:`WORST` positions with the largest divergence, the largest first.
+    """
 
     parts: list[Positions] = field(default_factory=list)
+    worst: list[Choices] = field(default_factory=list)
 
     def add(
         self, reference: Tensor, quantized: Tensor, target: Tensor, window: Tensor, place: Tensor
@@ -99,13 +120,28 @@ class Scores:
         step = rows_at_once(reference.shape[-1])
         for a in range(0, reference.shape[0], step):
             rows = slice(a, a + step)
-            self.parts.append(
-                _scored(reference[rows], quantized[rows], target[rows], window[rows], place[rows])
-            )
+            part = _scored(reference[rows], quantized[rows], target[rows], window[rows], place[rows])
+            self.parts.append(part)
+            self._keep_worst(reference[rows], quantized[rows], part)
 
     def positions(self) -> Positions:
         """Everything scored so far."""
         return Positions.joined(self.parts)
+
+    def _keep_worst(self, reference: Tensor, quantized: Tensor, part: Positions) -> None:
+        least = self.worst[-1].kld if len(self.worst) == WORST else -1.0
+        for i in np.argsort(-part.kld, kind="stable")[:WORST]:
+            if part.finite[i] and part.kld[i] > least:
+                where = float(part.kld[i]), int(part.window[i]), int(part.place[i])
+                self.worst.append(Choices(*where, _first(reference[i]), _first(quantized[i])))
+        self.worst.sort(key=lambda choices: -choices.kld)
+        del self.worst[WORST:]
+
+
+def _first(logits: Tensor) -> tuple[tuple[int, float], ...]:
+    """The most probable tokens of one position."""
+    found = torch.softmax(logits.float(), -1).topk(min(TOP, logits.shape[-1]))
+    return tuple(zip(found.indices.tolist(), found.values.tolist(), strict=True))
 
 
 def rows_at_once(vocabulary: int) -> int:
@@ -267,23 +303,13 @@ class Bootstrap:
         """The expanded 95 % percentile interval of a statistic from its resamples."""
         if not self.possible:
             return None
-        tail = NormalDist().cdf(-self._widening * _student(self._freedom))
+        tail = NormalDist().cdf(-self._widening * student(self._freedom))
         low, high = np.quantile(statistic, [tail, 1 - tail])
         return float(low), float(high)
 
     @property
     def _widening(self) -> float:
         return math.sqrt(self.blocks / self._freedom)
-
-
-def _student(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t: the Cornish–Fisher expansion, a table where that is poor."""
-    exact = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
-    if freedom in exact:
-        return exact[freedom]
-    z = NormalDist().inv_cdf(0.975)
-    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    return z + first / freedom + second / freedom**2
 
 
 def summarize(positions: Positions, stratum: Ids | None = None, seed: int = 0) -> Summary:

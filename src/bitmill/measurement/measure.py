@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from bitmill.core.errors import Refused
 from bitmill.core.types import Note
 from bitmill.measurement.logits import Ids, Positions, Scores, Summary, rows_at_once, summarize
 from bitmill.measurement.record import Record, Side, calibration_of, size_of
+from bitmill.measurement.states import Kept, States
 from bitmill.measurement.tensors import tensor_table
 from bitmill.source import open_source
 
@@ -108,8 +110,14 @@ def measure_all(
     protocol: Protocol | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
+    kept: Kept | None = None,
 ) -> tuple[Record, ...]:
-    """Measure several files on the same positions, the original once; see :func:`measure`."""
+    """Measure several files on the same positions, the original once; see :func:`measure`.
+
+    Args:
+        kept: where the original's states are kept for the next call; without files they are kept, and no
+            more.
+    """
     started = time.monotonic()
     how, tell = protocol or Protocol(), progress or (lambda *_: None)
     how.first()
@@ -119,7 +127,7 @@ def measure_all(
     read = _texts(texts)
     notes = [_compatible(reference, tokenizer, file, read) for file in files]
     corpus = _windows(tokenizer, read, how)
-    passes = _Passes(reference, files, corpus, how, device, tell)
+    passes = _Passes(reference, files, corpus, how, device, tell, kept)
     scores = passes.run()
     floor = passes.floor() if how.floor else None
     records = []
@@ -152,9 +160,17 @@ def measure_all(
                 tokens=corpus.tokens,
                 kind_of_window=tuple(kinds),
                 decode=_decoder(tokenizer),
+                choices=tuple(score.worst),
             )
         )
     return tuple(records)
+
+
+def text_windows(
+    reference: Checkpoint, texts: Sequence[Text] | Sequence[str] | None, protocol: Protocol
+) -> Windows:
+    """The windows that :func:`measure_all` reads for these arguments, and what is known about them."""
+    return _windows(tokenizer_of(reference), _texts(texts), protocol)
 
 
 _FOLDED = Note(
@@ -325,26 +341,55 @@ class _Passes:
         how: Protocol,
         device: str,
         tell: Progress,
+        kept: Kept | None = None,
     ) -> None:
         self._reference = _Runner(reference, device)
         self._files = [_Runner(file, device) for file in files]
-        self._corpus, self._how, self._tell = corpus, how, tell
+        self._corpus, self._how, self._tell, self._kept = corpus, how, tell, kept
+        self._identity = {
+            "model": reference.digest,
+            "tokens": corpus.facts["sha256"],
+            "first": how.first(),
+            "device": device,
+            "versions": [version("torch"), version("transformers"), version("bitmill")],
+        }
+        width = self._reference.stream.hidden_size
+        shape = (len(corpus.tokens), corpus.tokens.shape[1] - how.first() - 1, width)
+        self._known = None if kept is None else kept.read(self._identity, shape, how.seed)
 
     def run(self) -> list[Scores]:
         """Scores of every file, in the order of the windows."""
         scores = [Scores() for _ in self._files]
         tokens = self._corpus.tokens
-        for a in range(0, len(tokens), WAVE):
+        found: list[Tensor] = []
+        for a in range(0, len(tokens) if self._files or self._known is None else 0, WAVE):
             self._tell("measure", a, len(tokens), "windows")
             wave = tokens[a : a + WAVE]
-            truth = self._reference.hidden(wave)
-            self._score(wave, a, truth, [(f, f.hidden(wave)) for f in self._files], scores)
+            if self._known is not None:
+                truth = self._known.hidden[a : a + WAVE].to(self._reference.stream.device)
+            else:
+                truth = self._inside(self._reference.hidden(wave))
+                found += [truth.cpu()] if self._kept is not None else []
+            self._score(wave, a, truth, [(f, self._inside(f.hidden(wave))) for f in self._files], scores)
+        if found:
+            self._keep(States(torch.cat(found)))
         self._tell("measure", len(tokens), len(tokens), "windows")
         return scores
+
+    def _keep(self, states: States) -> None:
+        self._known = states
+        if self._kept is not None:
+            self._kept.write(self._identity, states, self._how.seed)
+
+    def _inside(self, hidden: Tensor) -> Tensor:
+        """The positions whose prediction is scored."""
+        return hidden[:, self._how.first() : -1]
 
     def floor(self) -> Mapping[str, Any]:
         """The reference against itself, its hidden states jogged by a bfloat16's rounding after every
         block."""
+        if self._known is not None and self._known.floor is not None:
+            return self._known.floor
         origin = np.array(self._corpus.origin)
         chosen = np.concatenate([np.flatnonzero(origin == i)[:FLOOR_WINDOWS] for i in np.unique(origin)])
         generator = torch.Generator().manual_seed(self._how.seed)
@@ -357,8 +402,8 @@ class _Passes:
         for a in range(0, len(chosen), WAVE):
             self._tell("floor", a, len(chosen), "windows")
             wave = self._corpus.tokens[torch.from_numpy(chosen[a : a + WAVE])]
-            truth = self._reference.hidden(wave)
-            self._score(wave, a, truth, [(self._reference, self._reference.hidden(wave, jog))], scores)
+            truth, noisy = (self._inside(self._reference.hidden(wave, how)) for how in (None, jog))
+            self._score(wave, a, truth, [(self._reference, noisy)], scores)
         self._tell("floor", len(chosen), len(chosen), "windows")
         positions = scores[0].positions()
         kld = positions.kld[positions.finite]
@@ -366,7 +411,7 @@ class _Passes:
             raise NothingMeasured(
                 "the reference's own logits are not finite", where=str(self._corpus.facts["sha256"])
             )
-        return {
+        found = {
             "kld": float(kld.mean()),
             "median": float(np.median(kld)),
             "p99": float(np.quantile(kld, 0.99)),
@@ -374,6 +419,9 @@ class _Passes:
             "noise": FLOOR_NOISE,
             "tokens": len(kld),
         }
+        if self._known is not None:
+            self._keep(States(self._known.hidden, found))
+        return found
 
     def _score(
         self,
@@ -383,13 +431,15 @@ class _Passes:
         others: Sequence[tuple[_Runner, Tensor]],
         scores: Sequence[Scores],
     ) -> None:
+        if not others:
+            return
         first = self._how.first()
         count, length = wave.shape
         places = torch.arange(first + 1, length)
         target = wave[:, first + 1 :].reshape(-1)
         window = (at + torch.arange(count)).repeat_interleave(len(places))
         place = places.repeat(count)
-        flat = [h[:, first:-1].reshape(-1, h.shape[-1]) for h in (truth, *(h for _, h in others))]
+        flat = [h.reshape(-1, h.shape[-1]) for h in (truth, *(h for _, h in others))]
         step = rows_at_once(int(self._reference.stream.checkpoint.config.get("vocab_size") or 1 << 16))
         for a in range(0, len(target), step):
             rows = slice(a, a + step)

@@ -20,11 +20,10 @@ from bitmill.core.axes import Checkpoint
 from bitmill.core.errors import Refused
 from bitmill.core.types import Note
 from bitmill.journal import report_path
-from bitmill.measurement.logits import Positions, Summary
+from bitmill.measurement.logits import WORST, Choices, Positions, Summary
 from bitmill.measurement.tensors import TensorTable
 
 CURVE = 101  # quantiles of the KLD that the page draws
-WORST_TOKENS = 12
 CONTEXT = 24  # tokens shown before a worst one
 _HIGHER_IS_BETTER = ("same_top", "correlation", "mean_dp", "wrong_to_right")
 _LARGEST_REPORT = 64 << 20
@@ -68,6 +67,7 @@ class Record:
         overlap: share of each kind's phrases that the calibration text held; None where that is unknown.
         calibration: what the file's own report says about its calibration.
         positions, tokens, kind_of_window, decode: for comparing two records, and for the worst tokens.
+        choices: what both models would rather say at the worst of them.
     """
 
     quantized: Side
@@ -88,6 +88,7 @@ class Record:
     tokens: Tensor
     kind_of_window: tuple[str, ...]
     decode: Callable[[Sequence[int]], str]
+    choices: tuple[Choices, ...] = ()
 
     @property
     def worst_kind(self) -> str:
@@ -153,8 +154,10 @@ class Record:
     def _worst_tokens(self) -> list[dict[str, Any]]:
         p = self.positions
         found = []
-        for i in np.argsort(-p.kld, kind="stable")[:WORST_TOKENS]:
+        known = {(c.window, c.place): c for c in self.choices}
+        for i in np.argsort(-p.kld, kind="stable")[:WORST]:
             window, place = int(p.window[i]), int(p.place[i])
+            first = known.get((window, place))
             before = self.tokens[window, max(0, place - CONTEXT) : place].tolist()
             found.append(
                 {
@@ -169,9 +172,14 @@ class Record:
                     "confidence": float(p.confidence[i]),
                     "p_true_reference": math.exp(-p.nll_reference[i]),
                     "p_true": math.exp(-p.nll[i]),
+                    "top_reference": self._said(() if first is None else first.reference),
+                    "top_quantized": self._said(() if first is None else first.quantized),
                 }
             )
         return found
+
+    def _said(self, choices: Sequence[tuple[int, float]]) -> list[tuple[str, float]]:
+        return [(self.decode([token]), share) for token, share in choices]
 
 
 def _curve(positions: Positions) -> list[float]:
