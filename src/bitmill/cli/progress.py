@@ -36,6 +36,7 @@ TITLES = {
     "resume": "resuming",
     "seal": "writing",
     "sample": "sampling",
+    "read": "reading",
     "measure": "measuring",
     "floor": "noise floor",
     "tensors": "comparing tensors",

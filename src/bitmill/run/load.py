@@ -13,6 +13,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -54,17 +55,8 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Pr
     Where the checkpoint says that the inputs of a linear are rounded, or the keys and values of a cache,
     hooks of the model round them.
     """
-    facts = {
-        k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "auto_map", "dtype")
-    }
-    kind = str(facts.pop("model_type", ""))
-    try:
-        config = AutoConfig.for_model(kind, **facts)
-        family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except (ValueError, KeyError) as error:
-        raise Refused(
-            f"transformers knows no causal language model {kind!r}", where=f"{checkpoint.path}: model_type"
-        ) from error
+    config = config_of(checkpoint)
+    family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     weights = {name: checkpoint.read(name).to(dtype) for name in checkpoint.tensors}
     made, found = family.from_pretrained(
         None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
@@ -80,6 +72,32 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Pr
     if text is not None:
         made.generation_config = GenerationConfig.from_dict(json.loads(text))
     return made.eval()
+
+
+def config_of(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """What transformers makes of ``config.json``, without what it says of types and quantization.
+
+    Raises:
+        Refused: it is not that of a causal language model that transformers knows.
+    """
+    facts = {
+        k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "auto_map", "dtype")
+    }
+    kind = str(facts.pop("model_type", ""))
+    try:
+        config = AutoConfig.for_model(kind, **facts)
+        known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    except (ValueError, KeyError) as error:
+        raise _unknown(kind, checkpoint) from error
+    if not known:
+        raise _unknown(kind, checkpoint)
+    return config
+
+
+def _unknown(kind: str, checkpoint: Checkpoint) -> Refused:
+    return Refused(
+        f"transformers knows no causal language model {kind!r}", where=f"{checkpoint.path}: model_type"
+    )
 
 
 def _round(model: PreTrainedModel, inputs: Mapping[str, Inputs], checkpoint: Checkpoint) -> None:

@@ -1,4 +1,4 @@
-"""Memory that this process may still take."""
+"""Memory that this process may still take, and the most that it has taken."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 _MEMINFO = Path("/proc/meminfo")
 _GROUP = Path("/sys/fs/cgroup")
+_STATUS = Path("/proc/self/status")
+_MARKS = Path("/proc/self/clear_refs")
 
 
 def available_bytes(meminfo: Path = _MEMINFO, group: Path = _GROUP) -> int:
@@ -19,6 +21,22 @@ def available_bytes(meminfo: Path = _MEMINFO, group: Path = _GROUP) -> int:
     if limit.isdecimal() and used.isdecimal():
         free = min(free, max(int(limit) - int(used), 0))
     return free
+
+
+def peak_bytes(status: Path = _STATUS) -> int | None:
+    """The most memory that this process had at a time since it began, or since :func:`forget_peak`; None
+    where the system does not say."""
+    found = re.search(r"^VmHWM:\s+(\d+) kB", _text(status), re.MULTILINE)
+    return None if found is None else int(found[1]) * 1024
+
+
+def forget_peak(marks: Path = _MARKS) -> bool:
+    """Start the count of :func:`peak_bytes` again; whether the system does so."""
+    try:
+        marks.write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
 
 
 def _installed() -> int:
