@@ -64,7 +64,7 @@ def test_draws_follow_the_chances_and_the_seed() -> None:
     tokens, chances = left(logits(2), sampling)
     drawn = torch.tensor([draw(logits(2), sampling, found) for _ in range(4000)])
     shares = torch.stack([(drawn == token).float().mean() for token in tokens])
-    assert torch.allclose(shares, chances / chances.sum(), atol=0.03) and shares.sum() == 1
+    assert torch.allclose(shares, chances / chances.sum(), atol=0.03) and abs(shares.sum() - 1) < 1e-5
     again = generator(1)
     assert drawn[:50].tolist() == [draw(logits(2), sampling, again) for _ in range(50)]
     other = generator(2)

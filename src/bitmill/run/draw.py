@@ -160,8 +160,9 @@ def left(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     count = min(sampling.top_k or len(logits), len(logits))
     ordered, tokens = torch.topk(logits / sampling.temperature, count)
     chances = torch.softmax(ordered, 0)
-    before = chances.cumsum(0) - chances
-    kept = (before < sampling.top_p) & (chances >= sampling.min_p * chances[0])
+    kept = chances >= sampling.min_p * chances[0]
+    if sampling.top_p < 1:  # a sum of all may round to 1 before the last of them
+        kept &= chances.double().cumsum(0) - chances < sampling.top_p
     return tokens[kept], chances[kept]
 
 
