@@ -44,7 +44,7 @@ COMMANDS = "/new starts over, Ctrl-C stops an answer, Ctrl-D ends"
 Text = Annotated[
     str | None,
     typer.Argument(
-        metavar="[PROMPT]",
+        metavar="PROMPT",
         help="What to say; - reads it from standard input. Without it, on a terminal: turn after turn.",
         show_default=False,
     ),
