@@ -107,7 +107,7 @@ def sampling_of(authors: Mapping[str, Any], seed: int = 0, **asked: float | None
         theirs = {name: value for name, value in theirs.items() if name == "repeat"}
     elif cuts or "temperature" in given:
         theirs = {"temperature": 1.0, **theirs}
-    found = {**_OFF, **theirs, **given}
+    found: dict[str, Any] = {**_OFF, **theirs, **given}
     return Sampling(**{**found, "top_k": int(found["top_k"])}, seed=seed)
 
 
