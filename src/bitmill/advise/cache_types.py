@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from bitmill.core.cache_choice import OTHER_NAMES, CacheChoice, cache_choice
+from bitmill.core.caches import KEYS, CacheMethod
 from bitmill.core.errors import Refused
+from bitmill.core.registry import find_cache_method
 
-_GROUPED = re.compile(r"int(?P<bits>[2-8])(?:-g(?P<group>\d{1,4}))?")
-_GROUP = 64
+_USUAL_HEAD, _LARGEST = 128, 1024
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,15 @@ class CacheType:
 
     Attributes:
         name: as a runtime calls it.
-        block: numbers that share a scale; a head's width must be a multiple of it.
+        block: numbers that share a scale; where sizes depend on the head, those of a usual head.
         bytes_: what they take, scales and all.
+        choice: the whole cache that it is a part of, where ``bitmill run`` has it.
     """
 
     name: str
     block: int
     bytes_: int
+    choice: CacheChoice | None = None
 
     def size(self, numbers: int) -> int:
         """Bytes of that many numbers, whole blocks."""
@@ -36,66 +39,78 @@ class CacheType:
         """Bits a number."""
         return 8 * self.bytes_ / self.block
 
+    def refuses(self, head: int) -> str | None:
+        """Why heads of this size cannot be stored, or None."""
+        if not head:
+            return None
+        if self.choice is not None:
+            return self.choice.keys.refuses(head)
+        return (
+            f"a head of {head} numbers is not made of blocks of {self.block}" if head % self.block else None
+        )
+
 
 GGML = ("f16", "bf16", "f32", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 """What llama.cpp's ``-ctk`` and ``-ctv`` take."""
 
-_TYPES: Mapping[str, tuple[int, int]] = MappingProxyType(
-    {
-        "f32": (1, 4),
-        "f16": (1, 2),
-        "bf16": (1, 2),
-        "q8_0": (32, 34),
-        "q5_1": (32, 24),
-        "q5_0": (32, 22),
-        "q4_1": (32, 20),
-        "q4_0": (32, 18),
-        "iq4_nl": (32, 18),
-        "fp8": (1, 1),  # one scale a tensor, or a head: nothing that grows with the context
-        "nvfp4": (16, 9),
-    }
-)
-_OTHER_NAMES: Mapping[str, str] = MappingProxyType(
-    {
-        "auto": "f16",
-        "float16": "f16",
-        "bfloat16": "bf16",
-        "float32": "f32",
-        "fp8_e4m3": "fp8",
-        "fp8_e5m2": "fp8",
-        "q8": "q8_0",
-        "q4": "q4_0",
-    }
-)
+_OTHERS: Mapping[str, tuple[int, int]] = MappingProxyType({"nvfp4": (16, 9)})
+"""What only other programs have: numbers of a block, and bytes."""
 
 
 def cache_type(name: str) -> CacheType:
-    """The type of that name; ``int4`` and ``int2-g32`` are whole numbers with two 16-bit numbers a group.
+    """The type of that name, for both parts of a cache.
 
     Raises:
         Refused: there is none.
     """
     word = name.strip().lower()
-    word = _OTHER_NAMES.get(word, word)
-    if word in _TYPES:
-        return CacheType(word, *_TYPES[word])
-    found = _GROUPED.fullmatch(word)
-    group = int(found["group"] or _GROUP) if found is not None else 0
-    if found is None or not group or group * int(found["bits"]) % 8:
-        raise Refused(
-            f"no runtime stores keys and values as {name!r}",
-            fix=f"one of: {', '.join(_TYPES)}, or int2 to int8 with a group: int4-g64",
-        )
-    return CacheType(word, group, group * int(found["bits"]) // 8 + 4)
+    word = OTHER_NAMES.get(word, word)
+    if word in _OTHERS:
+        return CacheType(word, *_OTHERS[word])
+    if find_cache_method(word) is None:
+        others = f"; and {', '.join(_OTHERS)} elsewhere"
+        try:
+            cache_choice(word or "-")
+        except Refused as error:
+            raise Refused(
+                f"no runtime stores keys and values as {name!r}", fix=f"{error.fix}{others}"
+            ) from None
+    return _type(cache_choice(word), word)
 
 
 def cache_types(text: str) -> tuple[CacheType, CacheType]:
-    """The types of keys and of values: ``q8_0`` for both, or ``q8_0,q4_0``.
+    """The types of keys and of values: ``q8_0`` for both, ``q8_0,q4_0``, or all that
+    :func:`~bitmill.core.cache_choice.cache_choice` takes.
 
     Raises:
         Refused: one of them does not exist, or there are more than two.
     """
+    if "=" in text:
+        choice = cache_choice(text)
+        values = replace(choice, keys=choice.values)
+        return _type(choice, str(choice.keys)), _type(values, str(choice.values))
     words = text.split(",")
     if len(words) > 2:
         raise Refused(f"{text!r} names {len(words)} types", fix="one for both, or keys,values: q8_0,q4_0")
     return cache_type(words[0]), cache_type(words[-1])
+
+
+def joined(types: tuple[CacheType, CacheType]) -> CacheChoice | None:
+    """The whole cache of these keys and values, where ``bitmill run`` has it."""
+    keys, values = (kind.choice for kind in types)
+    return None if keys is None or values is None else replace(keys, values=values.keys)
+
+
+def _type(choice: CacheChoice, name: str) -> CacheType:
+    method = choice.keys
+    block = _block(method)
+    layout = method.layout(KEYS, block)
+    return CacheType(name, block, layout.bytes_ // layout.run, choice)
+
+
+def _block(method: CacheMethod) -> int:
+    """The smallest head, where larger ones take as much more; else a usual one."""
+    head = next((n for n in range(1, _LARGEST) if method.refuses(n) is None), _USUAL_HEAD)
+    one, two, four = (method.layout(KEYS, head * times) for times in (1, 2, 4))
+    even = two.bytes_ == 2 * one.bytes_ and four.bytes_ == 4 * one.bytes_
+    return head if even and one.run == 1 else _USUAL_HEAD

@@ -164,7 +164,8 @@ def _parts(model: Model, wanted: Wanted) -> _Parts:
     share = _seen(shape.used, shape.experts, wanted.parallel)
     asked = (wanted.context, wanted.parallel, wanted.types, wanted.full_windows)
     caches = tuple(
-        runtime.cache_bytes(b, *asked) + runtime.state_bytes(b, wanted.parallel) for b in shape.blocks
+        runtime.cache_bytes(b, *asked, (i, count)) + runtime.state_bytes(b, wanted.parallel)
+        for i, b in enumerate(shape.blocks)
     )
     head = weights.head_bytes or outside // 2
     return _Parts(

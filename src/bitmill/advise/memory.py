@@ -104,7 +104,8 @@ def memory(model: Model, wanted: Wanted, place: str = "ram") -> Memory:
     shape, runtime = model.shape, model.runtime
     runtime.check(wanted.types, shape.blocks)
     asked = (wanted.context, wanted.parallel, wanted.types, wanted.full_windows)
-    cache = sum(runtime.cache_bytes(block, *asked) for block in shape.blocks)
+    many = len(shape.blocks)
+    cache = sum(runtime.cache_bytes(b, *asked, (i, many)) for i, b in enumerate(shape.blocks))
     state = sum(runtime.state_bytes(block, wanted.parallel) for block in shape.blocks)
     card = place != "ram"
     weights = model.weights.bytes_ - (model.weights.stays_bytes if place == "vram" and runtime.exact else 0)

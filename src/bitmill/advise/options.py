@@ -140,7 +140,7 @@ class Judge:
         names = (asked.kv,) if asked.kv else (runtime.types[0], *rules.smaller_caches(runtime.name))
         kinds = [cache_type(name) for name in names]
         heads = [(b.head, b.value_head) for b in self.shape.blocks]
-        fit = [k for k in kinds if not any(a % k.block or b % k.block for a, b in heads)]
+        fit = [k for k in kinds if all(k.refuses(a) is None and k.refuses(b) is None for a, b in heads)]
         return tuple(fit) or (kinds[0],)
 
     def wanted(self, kv: CacheType) -> Wanted:
@@ -257,6 +257,7 @@ class Judge:
             return False
         wanted = self.wanted(self.caches()[0])
         asked = (wanted.context, wanted.parallel, wanted.types, wanted.full_windows)
-        cache = sum(self.asked.runtime.cache_bytes(block, *asked) for block in self.shape.blocks)
+        runtime, blocks = self.asked.runtime, self.shape.blocks
+        cache = sum(runtime.cache_bytes(b, *asked, (i, len(blocks))) for i, b in enumerate(blocks))
         least = min(self.sized(recipe).weights.bytes_ for recipe in recipes)
         return cache >= rules.cache_share() * least

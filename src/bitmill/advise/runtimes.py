@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from bitmill.advise.cache_types import GGML, CacheType
+from bitmill.advise.cache_types import GGML, CacheType, joined
 from bitmill.advise.shape import Kept
 from bitmill.core.errors import Refused
 
@@ -35,6 +35,7 @@ class Runtime:
         exact: whether the sizes of caches are this program's own, to the byte.
         spills: what becomes of blocks that find no room on a card: the processor ``computes`` them, their
             weights ``stream`` over the bus for every token, or nothing of the kind (empty).
+        packs: whether its caches are those of :mod:`bitmill.run.cache`, to the byte.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Runtime:
     latent: bool = True
     exact: bool = False
     spills: str = ""
+    packs: bool = False
 
     def cells(self, context: int, window: int | None, full: bool = False) -> int:
         """Tokens a sequence that one block has room for.
@@ -63,9 +65,19 @@ class Runtime:
         return _up(min(whole, window + self.spare * min(self.step, whole)), self.page)
 
     def cache_bytes(
-        self, block: Kept, context: int, parallel: int, kinds: tuple[CacheType, CacheType], full: bool
+        self,
+        block: Kept,
+        context: int,
+        parallel: int,
+        kinds: tuple[CacheType, CacheType],
+        full: bool,
+        place: tuple[int, int] = (0, 1),
     ) -> int:
-        """Bytes of one block's keys and values."""
+        """Bytes of one block's keys and values; ``place`` is its number, and how many there are."""
+        choice = joined(kinds) if self.packs else None
+        if choice is not None and block.head and block.value_head:
+            heads, sizes = block.keys // block.head, (block.head, block.value_head)
+            return choice.layer_bytes(*place, heads, sizes, context, None if full else block.window, parallel)
         cells = self.cells(context, block.window, full) * parallel
         return cells * (kinds[0].size(block.keys) + kinds[1].size(block.values))
 
@@ -80,18 +92,19 @@ class Runtime:
             Refused: with what would work.
         """
         for kind in kinds:
+            if self.packs and kind.choice is not None:
+                continue
             if kind.name not in self.types and kind.name.partition("-")[0] not in self.types:
+                ours = "" if kind.choice is None else "; or --runtime bitmill, which has it"
                 raise Refused(
                     f"{self.name} does not store keys and values as {kind.name}",
-                    fix=f"one of: {', '.join(self.types)}",
+                    fix=f"one of: {', '.join(self.types)}{ours}",
                 )
         for block in blocks:
             for kind, head in zip(kinds, (block.head, block.value_head), strict=True):
-                if head % kind.block:
-                    raise Refused(
-                        f"a head of {head} numbers is not made of {kind.name}'s blocks of {kind.block}",
-                        fix="--kv f16 works for every model",
-                    )
+                why = kind.refuses(head)
+                if why is not None:
+                    raise Refused(why, where=f"--kv {kind.name}", fix="--kv f16 works for every model")
 
 
 _INTEGERS = tuple(f"int{bits}" for bits in range(2, 9))
@@ -118,6 +131,16 @@ _ALL = (
         ram_bytes=450 << 20,
         vram_bytes=700 << 20,
         source="modelled: in main memory Python with torch loaded, on a card a context and libraries",
+    ),
+    Runtime(
+        "bitmill",
+        ("f16", "bf16", "f32", "q8_0", "q4_0", "fp8", *_INTEGERS, "kivi", "turboquant", "qjl", "polarquant"),
+        latent=False,
+        spills="streams",
+        packs=True,
+        ram_bytes=450 << 20,
+        vram_bytes=700 << 20,
+        source="modelled, as transformers: bitmill run is that, with packed caches",
     ),
     Runtime(
         "vllm",

@@ -33,7 +33,8 @@ Runtime = Annotated[
     str | None,
     typer.Option(
         "--runtime", metavar="NAME",
-        help="What is to run it: llama.cpp, vllm, mlx or transformers. [default: by job and machine]",
+        help="What is to run it: llama.cpp, vllm, mlx, transformers or bitmill. "
+        "[default: by job and machine]",
         show_default=False,
     ),
 ]  # fmt: skip

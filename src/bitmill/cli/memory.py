@@ -40,7 +40,8 @@ Kv = Annotated[
     str | None,
     typer.Option(
         "--kv", "--kv-cache-dtype", metavar="TYPE[,TYPE]",
-        help="What keys and values are stored as: f16, q8_0, q4_0, fp8, int4 …; two types are keys, values.",
+        help="What keys and values are stored as: f16, q8_0, q4_0, fp8, int4 …; two types are keys, values. "
+        "--runtime bitmill has more: turboquant-3.5, kivi-2, q4_0-rot (docs/caches.md).",
         show_default=False,
     ),
 ]  # fmt: skip
@@ -57,7 +58,8 @@ RuntimeName = Annotated[
     str | None,
     typer.Option(
         "--runtime", metavar="NAME",
-        help="What runs it: llama.cpp, transformers, vllm or mlx. [default: the container's usual one]",
+        help="What runs it: llama.cpp, transformers, vllm, mlx or bitmill. "
+        "[default: the container's usual one]",
         show_default=False,
     ),
 ]  # fmt: skip
@@ -121,7 +123,8 @@ def answer(
 
 def _goes(kind: Any, model: Model) -> bool:
     """Whether heads are made of whole blocks of this type."""
-    return all(not b.head % kind.block and not b.value_head % kind.block for b in model.shape.blocks)
+    blocks = model.shape.blocks
+    return all(kind.refuses(b.head) is None and kind.refuses(b.value_head) is None for b in blocks)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from pathlib import Path
 from types import ModuleType
 
 from bitmill.core.axes import Allocation, Container, Grid, Solver, Transform
-from bitmill.core.errors import BadRecipe
+from bitmill.core.caches import CacheMethod
+from bitmill.core.errors import BadRecipe, Refused
 
 AXES: dict[str, type] = {
     "transforms": Transform,
@@ -22,6 +23,7 @@ AXES: dict[str, type] = {
     "allocation": Allocation,
     "containers": Container,
 }
+_FOLDERS: dict[str, type] = {**AXES, "caches": CacheMethod}
 
 
 def names(axis: str) -> tuple[str, ...]:
@@ -80,6 +82,41 @@ def find_grid(text: str) -> Grid | None:
     return None
 
 
+def cache_method(text: str) -> CacheMethod:
+    """The way to store keys or values that ``text`` names, whichever file it lives in.
+
+    Raises:
+        Refused: there is none; the message lists what there is.
+    """
+    wanted = text.strip().lower()
+    method = find_cache_method(wanted)
+    if method is not None:
+        return method
+    spellings = cache_spellings()
+    close = difflib.get_close_matches(wanted, spellings, n=1)
+    hint = f"did you mean {close[0]}? There are: " if close else "one of: "
+    raise Refused(f"keys and values cannot be stored as {text!r}", fix=hint + ", ".join(spellings))
+
+
+def cache_spellings() -> tuple[str, ...]:
+    """Examples of every way to store keys and values."""
+    return tuple(str(method) for cls in _cache_families() for method in cls.examples())
+
+
+@lru_cache(maxsize=256)
+def find_cache_method(text: str) -> CacheMethod | None:
+    """The way to store keys or values that this lower-case text names, or None."""
+    for cls in _cache_families():
+        method = cls.parse(text)
+        if method is not None:
+            return method
+    return None
+
+
+def _cache_families() -> tuple[type[CacheMethod], ...]:
+    return tuple(cls for cls in members("caches").values() if issubclass(cls, CacheMethod))
+
+
 @cache
 def _modules(axis: str) -> dict[str, str]:
     folder = Path(__file__).parent.parent / axis
@@ -92,7 +129,7 @@ def _modules(axis: str) -> dict[str, str]:
 
 
 def _final_class(axis: str, module: ModuleType) -> type:
-    base = AXES[axis]
+    base = _FOLDERS[axis]
     found = [
         c
         for c in vars(module).values()

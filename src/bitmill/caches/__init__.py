@@ -1,0 +1,1 @@
+"""How keys and values are stored between tokens; one file a method."""
