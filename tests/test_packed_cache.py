@@ -20,7 +20,7 @@ from tests.tiny import make_model, tokens
 
 TEXTS = ["f16", "q8_0", "q4_0-rot", "int4", "int4-channel", "kivi-2,window=20", "fp8-token",
          "turboquant-3.5", "k=turboquant-4-prod,v=turboquant-2", "qjl,window=9", "polarquant",
-         "int2-rot,ends=1,window=5"]  # fmt: skip
+         "int2-rot,window=5"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +28,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
 
 
-def loaded(folders: Path, family: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A tiny model with heads of 64."""
-    folder = folders / family
+def loaded(
+    folders: Path, family: str = "llama", dtype: torch.dtype = torch.float32, layers: int = 3
+) -> PreTrainedModel:
+    """A tiny model with heads of 64. Of one layer where caches are compared: behind it the last place of a
+    float turns codes."""
+    folder = folders / f"{family}-{layers}"
     if not folder.exists():
-        make_model(folder, family, head_dim=64)
+        make_model(folder, family, head_dim=64, num_hidden_layers=layers)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
@@ -62,12 +65,13 @@ def test_sixteen_bits_are_what_everybody_has(folders: Path, text: str, dtype: to
     assert torch.equal(logits(model, ids, cache_of(text, model.config), (30, 31)), usual)
     attend_packed(model)
     ours = logits(model, ids, cache_of(text, model.config), (30, 31))
-    torch.testing.assert_close(ours, usual, rtol=2e-2, atol=2e-2 if dtype != torch.float32 else 1e-4)
+    apart = (ours - usual).float().norm() / usual.float().norm()
+    assert float(apart) < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_attention_in_place_is_attention_over_what_is_unpacked(folders: Path, text: str) -> None:
-    ids, model = tokens(2, 70), loaded(folders)
+    ids, model = tokens(2, 70), loaded(folders, layers=1)
     unpacked = logits(model, ids, cache_of(text, model.config), (40, 41))
     attend_packed(model)
     torch.testing.assert_close(
@@ -76,8 +80,8 @@ def test_attention_in_place_is_attention_over_what_is_unpacked(folders: Path, te
 
 
 @pytest.mark.parametrize("text", ["q4_0", "fp8", "int4-rot", "turboquant-3", "polarquant"])
-def test_a_prompt_in_pieces_is_the_whole_prompt(model: PreTrainedModel, text: str) -> None:
-    ids = tokens(1, 60)
+def test_a_prompt_in_pieces_is_the_whole_prompt(folders: Path, text: str) -> None:
+    model, ids = loaded(folders, layers=1), tokens(1, 60)
     whole = logits(model, ids, cache_of(text, model.config))
     pieces = logits(model, ids, cache_of(text, model.config), (7, 8, 33))
     torch.testing.assert_close(pieces, whole, rtol=1e-3, atol=1e-3)
@@ -139,7 +143,7 @@ def test_windows_and_caps(folders: Path, family: str) -> None:
 
 def test_rewinding(folders: Path) -> None:
     for text in ("turboquant-3", "int4-channel", "kivi-4,window=8"):
-        model, ids = loaded(folders), tokens(1, 50)
+        model, ids = loaded(folders, layers=1), tokens(1, 50)
         cache = cache_of(text, model.config)
         logits(model, ids, cache)
         cache.crop(-13)
@@ -213,7 +217,7 @@ def test_files_that_do_not_add_up(model: PreTrainedModel, folders: Path, tmp_pat
     edited({"0.k.0.codes": held["0.k.0.codes"].to(torch.int16)})
     edited({"0.k.0.length": held["0.k.0.length"] * float("nan")})
     edited({"0.k.learned.order": held["0.k.learned.order"] * 0})
-    edited({"extra": held["ids"]})
+    edited({"extra": held["ids"].clone()})
     edited({"ids": held["ids"][:, :-1].contiguous()})
     edited({"0.v.recent": held["0.v.recent"][:1].contiguous()})
     for name, text in (("tokens", "44"), ("tokens", "x"), ("dropped.0.k", "3"), ("bitmill.cache", "nothing")):

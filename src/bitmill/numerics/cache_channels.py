@@ -53,7 +53,7 @@ def pieces_layout(pieces: Sequence[Piece]) -> Layout:
 def learned_order(x: Tensor) -> dict[str, Tensor]:
     """Channels of each head by their size among these tokens (``batch heads tokens head``), largest first."""
     size = x.to(torch.float32).square().mean((0, 2))
-    return {ORDER: size.argsort(-1, descending=True, stable=True).to(torch.int16)}
+    return {ORDER: size.argsort(dim=-1, descending=True, stable=True).to(torch.int16)}
 
 
 def pieces_code(pieces: Sequence[Piece], learned: Mapping[str, Tensor]) -> CacheCode:
@@ -95,7 +95,7 @@ def _direct(pieces: Sequence[Piece]) -> tuple[Direct, ...]:
     for i, piece in enumerate(pieces):
         for part in piece.direct:
             low = f"{i}.{part.low}" if part.low else ""
-            names = {"codes": f"{i}.{part.codes}", "step": f"{i}.{part.step}", "low": low}
-            found.append(replace(part, **names, first=first + part.first))
+            codes, step = f"{i}.{part.codes}", f"{i}.{part.step}"
+            found.append(replace(part, codes=codes, step=step, low=low, first=first + part.first))
         first += len(piece.basis)
     return tuple(found)
