@@ -61,7 +61,7 @@ def test_many_levels_are_fixed_points(bits: int) -> None:
 
 def test_distortion_goes_to_that_of_normal_numbers() -> None:
     for bits, known in enumerate(GAUSS, 1):
-        assert sphere_distortion(4096, bits) == pytest.approx(known, rel=2e-3)
+        assert sphere_distortion(512, bits) == pytest.approx(known, rel=8e-3)
         assert 4.0**-bits < sphere_distortion(128, bits) < bound(bits)
 
 
@@ -74,7 +74,7 @@ def test_turboquant_loses_what_theory_says(bits: int, dimension: int) -> None:
     loss = ((back - x).square().sum(-1) / x.square().sum(-1)).mean()
     assert float(loss) == pytest.approx(sphere_distortion(dimension, bits), rel=0.01)
     if bits > 1:
-        assert float(loss) == pytest.approx(GAUSS[bits - 1], rel=0.04)
+        assert float(loss) == pytest.approx(GAUSS[bits - 1], rel=0.05)
 
 
 def test_products_with_a_residual_sketch_are_unbiased() -> None:
