@@ -20,7 +20,7 @@ from bitmill.sweep.errand import Drawn, Measuring
 from bitmill.sweep.front import Point, largest_within, standings
 from bitmill.sweep.result import kept, losses_path, result_path
 from bitmill.sweep.tiers import LADDERS, stem, takes_matrix, tiers
-from bitmill.sweep.workers import on_ray
+from bitmill.sweep.workers import abroad, on_ray
 
 PROTOCOL = Protocol(window=32, count=2)
 RECIPES = ("Q8_0", "Q4_0", "nearest : int4-g32 > gptq")
@@ -228,6 +228,23 @@ def test_processes_make_the_same(tiny_llama: Path, text: Path, tmp_path: Path) -
     for a, b in zip(one.results, two.results, strict=True):
         assert (tmp_path / "one" / a.file).read_bytes() == (tmp_path / "two" / b.file).read_bytes()
         assert a.kld == pytest.approx(b.kld, rel=1e-4)
+
+
+def test_errands_for_other_machines_name_paths_in_full(
+    tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_llama.parent)
+    measuring = Measuring(("wikitext", tiny_llama.name), PROTOCOL, Kept(Path("out") / "kept"))
+    drawn = Drawn((f"{tiny_llama.name}=2",))
+    tier = tiers(tiny_llama, ["Q4_0"])
+    out = Path("out")
+    one = errand.Errand(tiny_llama.name, None, out, tier, ("k",), (1,), out / "m", drawn, measuring, "text")
+    far = abroad(one)
+    here = Path.cwd()
+    assert (far.model, far.folder, far.matrix) == (str(here / one.model), here / "out", here / "out" / "m")
+    assert far.drawn.calib == (f"{here / one.model}=2",)
+    assert far.measuring.texts == ("wikitext", str(here / one.model))
+    assert far.measuring.kept.folder == here / "out" / "kept" and far.tiers == one.tiers
 
 
 def test_without_ray_the_option_says_how(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 USUAL_CONTEXT = 4096
 PAGE = "index.html"
+LONGEST = 16  # characters of a name in the table
 BENCHED: Mapping[str, Any] = {"prompt": 256, "generated": 32, "repeats": 3}
 
 Recipes = Annotated[
@@ -276,8 +277,8 @@ def show(made: Outcome) -> None:
     """The table for a reader, then what to take from it."""
     plain = made.to_json()
     rows = [_row(tier) for tier in plain["tiers"]]
-    head = ("tier", "size", "bits", "KL divergence", "same", "worst kind", "tokens/s", "")
-    say.result(say.table(head, rows, right=(1, 2, 3, 4, 5, 6)))
+    head = ("tier", "size", "bits", "KL divergence", "same", "tokens/s", "")
+    say.result(say.table(head, rows, right=(1, 2, 3, 4, 5)))
     say.result()
     for line in remarks(plain):
         say.result(line)
@@ -288,12 +289,11 @@ def _row(tier: Mapping[str, Any]) -> tuple[str, ...]:
 
     decode = (tier["speed"] or {}).get("decode")
     return (
-        tier["name"],
+        say.shortened(tier["name"], LONGEST),
         say.size(tier["bytes"]),
         f"{tier['bpw']:.2f}",
         give(tier["kld"]["mean"], half_width(tier["kld"])),
         f"{100 * tier['same_top']:.1f} %",
-        give(tier["worst_kld"]),
         "?" if decode is None else rate(decode),
         standing(tier["standing"]),
     )
@@ -316,8 +316,8 @@ def standing(found: Mapping[str, Any]) -> str:
         return "front, knee"
     if found["front"]:
         return "front"
-    sure = "" if found["settled"] else ", within chance"
-    return f"beaten by {found['beaten_by']}{sure}"
+    sure = "" if found["settled"] else " ~"
+    return f"beaten by {say.shortened(found['beaten_by'], LONGEST)}{sure}"
 
 
 def remarks(plain: Mapping[str, Any]) -> list[str]:
@@ -328,6 +328,8 @@ def remarks(plain: Mapping[str, Any]) -> list[str]:
         + (f"; noise floor {floor:.2g}" if floor else "")
     ]
     knee = next((t["name"] for t in plain["tiers"] if t["standing"]["knee"]), None)
+    if any(t["standing"]["beaten_by"] and not t["standing"]["settled"] for t in plain["tiers"]):
+        lines.append("~ beaten within chance: their paired interval holds zero")
     if knee is not None:
         lines.append(f"knee: {knee}; beyond it more bytes buy less")
     if plain["budget"]:

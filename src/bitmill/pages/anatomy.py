@@ -14,7 +14,7 @@ from torch import Tensor
 from bitmill.core.axes import AffineGrid, Checkpoint, LevelGrid
 from bitmill.core.types import Quantized
 
-BINS, SCALE_BINS = 72, 36
+BINS, SCALE_BINS = 99, 36
 SHOWN = 32  # weights of the block that is shown, and columns of a segment that is judged
 WORST = 5
 MOST_POINTS = 64  # of a grid that is drawn
@@ -98,7 +98,9 @@ def _spaced(stored: Quantized, columns: Tensor) -> _Spaced | None:
         def made(row: int, column: int, value: float) -> str:
             unit, offset, at = (float(x[row, column]) for x in (step, base, zero))
             code = round((value - offset) / unit + at) if unit else round(at)
-            return f"({code} − {at:g}) × {unit:.5g}{f' {offset:+.5g}' if offset else ''}"
+            counted = f"({code} − {at:g})" if at else f"{code}"
+            sign = "−" if offset < 0 else "+"
+            return f"{counted} × {unit:.5g}{f' {sign} {abs(offset):.5g}' if offset else ''}"
 
         return _Spaced(
             place=lambda w: torch.where(step == 0, zero, (w - base) / step + zero),
@@ -140,7 +142,8 @@ def _histogram(spaced: _Spaced | None, ours: Tensor, w: Tensor) -> dict[str, Any
         low, high = spaced.low, spaced.high
     bins = BINS
     if spaced is not None and high - low <= BINS and (high - low).is_integer():
-        bins = round(high - low) * max(1, BINS // round(high - low))  # whole codes a bin, or bins a code
+        a_code = BINS // round(high - low)
+        bins = round(high - low) * max(1, a_code - (a_code % 2 == 0))  # odd: a code is in the middle of one
     counts = [torch.histc(x.clamp(low, high), bins, low, high).int().tolist() for x in (before, after)]
     return {
         "unit": "value" if spaced is None else "step",

@@ -11,7 +11,7 @@ from bitmill.measurement.report import give, half_width, percent, size
 from bitmill.pages import plots
 from bitmill.pages.frontier import frontier
 from bitmill.pages.heat import heat
-from bitmill.pages.parts import Card, commands, facts, listed, note, panel, rows, section, strip
+from bitmill.pages.parts import Card, commands, facts, listed, panel, rows, section, strip
 from bitmill.pages.record import cards, map_of, memory_of, worst_tokens
 from bitmill.pages.shell import page as whole
 
@@ -63,9 +63,9 @@ def page(choice: Choice) -> str:
     body = "".join(
         (
             _head(choice, closest),
-            "".join(map(note, choice.remarks)),
             section("Size against loss", _FRONT, frontier(choice.tiers, closest["floor"], choice.budget)),
             panel(_table(choice)),
+            _remarks(choice.remarks),
             _differences(choice),
             section("Where the divergence lies", _CURVES, plots.cumulative(choice.records, names)),
             map_of(shown, picture, bool(choice.panels)),
@@ -96,6 +96,11 @@ def _head(choice: Choice, closest: Plain) -> str:
         f"<h1>{escape(choice.title)}</h1>"
         f'<p class="lead">{escape(against)}</p>{strip([first, *cards(closest, tier["speed"])])}'
     )
+
+
+def _remarks(said: Sequence[str]) -> str:
+    lines = "".join(f"<li>{escape(text)}</li>" for text in said)
+    return f'<ul class="remarks">{lines}</ul>' if lines else ""
 
 
 def _why(choice: Choice, tier: Plain) -> tuple[str, str, str]:
@@ -137,7 +142,7 @@ def standing_of(found: Plain) -> str:
     """Where a tier stands, in a few words."""
     if found["front"]:
         return "front, knee" if found["knee"] else "front"
-    return f"beaten by {found['beaten_by']}{'' if found['settled'] else ', within chance'}"
+    return f"beaten by {found['beaten_by']}{'' if found['settled'] else ' ~'}"
 
 
 def _speed(found: Plain | None) -> str:

@@ -62,13 +62,11 @@ def _axes(x: Place, y: Place, sizes: tuple[float, float], losses: tuple[float, f
     for loss in decades(*losses):
         parts.append(line(_LEFT, y(loss), WIDTH - _RIGHT, y(loss), "grid"))
         parts.append(text(_LEFT - 8, y(loss) + 4, f"{loss:g}", "tick", "end"))
-    first = sizes[0]
-    for step in steps(sizes[1] - first, 6):
-        if first + step <= sizes[1]:
-            parts.append(line(x(first + step), _BOTTOM, x(first + step), _BOTTOM + 4, "axis"))
-            parts.append(text(x(first + step), _BOTTOM + 18, size(first + step), "tick", "middle"))
+    for bytes_ in steps(*sizes):
+        parts.append(line(x(bytes_), _BOTTOM, x(bytes_), _BOTTOM + 4, "axis"))
+        parts.append(text(x(bytes_), _BOTTOM + 18, size(bytes_), "tick", "middle"))
     parts.append(text((WIDTH + _LEFT) / 2, _BOTTOM + 38, "size", "tick", "middle"))
-    parts.append(text(_LEFT - 52, _TOP - 8, "KL divergence, nats a token (smaller is better)", "tick"))
+    parts.append(text(4, _TOP - 8, "KL divergence, nats a token (smaller is better)", "tick"))
     return parts
 
 

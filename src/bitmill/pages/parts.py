@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+LONG = 12  # characters of an answer that is shown smaller
+
 
 @dataclass(frozen=True)
 class Card:
@@ -32,8 +34,9 @@ def strip(cards: Sequence[Card]) -> str:
 def _card(card: Card) -> str:
     mark = f'<i class="state">{escape(card.state)}</i>' if card.state else ""
     title = f' title="{escape(card.why)}"' if card.why else ""
+    kind = f"{card.state} long" if len(card.value) > LONG and " ± " not in card.value else card.state
     return (
-        f'<div class="card {card.state}"{title}><span class="name">{escape(card.label)}{mark}</span>'
+        f'<div class="card {kind}"{title}><span class="name">{escape(card.label)}{mark}</span>'
         f"<b>{_softened(card.value)}</b><span>{escape(card.under)}</span></div>"
     )
 

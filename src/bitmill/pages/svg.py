@@ -38,14 +38,15 @@ def path(points: Sequence[tuple[float, float]], css: str) -> str:
     return f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}" class="{css}"/>'
 
 
-def steps(top: float, count: int = 4) -> list[float]:
-    """Round numbers from 0 to at least ``top``, about ``count`` of them."""
-    if top <= 0:
-        return [0.0, 1.0]
-    raw = top / count
+def steps(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers between two, about ``count`` of them."""
+    if high <= low:
+        return [low]
+    raw = (high - low) / count
     unit = 10.0 ** math.floor(math.log10(raw))
     step = next(unit * k for k in (1, 2, 2.5, 5, 10) if unit * k >= raw * (1 - 1e-9))
-    return [step * i for i in range(math.ceil(top / step - 1e-9) + 1)]
+    first = math.ceil(low / step - 1e-9)
+    return [step * i for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def decades(low: float, high: float) -> list[float]:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from pathlib import Path
 
 from bitmill.core.errors import Interrupted, Refused
 from bitmill.journal import RESUME
@@ -74,13 +75,37 @@ def on_ray(errands: Sequence[Errand], address: str) -> Iterator[tuple[Result, ..
     try:
         threads = max(1, (os.cpu_count() or 1) // workers) if local else 0
         task = ray.remote(_carry_quietly)
-        waiting = [task.remote(replace(errand, threads=threads)) for errand in errands]
+        waiting = [task.remote(replace(abroad(errand), threads=threads)) for errand in errands]
         while waiting:
             ready, waiting = ray.wait(waiting)
             for one in ready:
                 yield ray.get(one)
     finally:
         ray.shutdown()
+
+
+def abroad(errand: Errand) -> Errand:
+    """The errand with every path in full, for a process that starts in another folder."""
+    kept = replace(errand.measuring.kept, folder=errand.measuring.kept.folder.absolute())
+    texts, calib = (
+        None if names is None else tuple(map(_whole, names))
+        for names in (errand.measuring.texts, errand.drawn.calib)
+    )
+    return replace(
+        errand,
+        model=_whole(errand.model),
+        folder=errand.folder.absolute(),
+        matrix=None if errand.matrix is None else errand.matrix.absolute(),
+        drawn=replace(errand.drawn, calib=calib),
+        measuring=replace(errand.measuring, texts=texts, kept=kept),
+    )
+
+
+def _whole(text: str) -> str:
+    """A path in full; what names no file here stays as it is."""
+    name, equals, weight = text.partition("=")
+    path = Path(name).expanduser()
+    return f"{path.absolute()}{equals}{weight}" if path.exists() else text
 
 
 def _carry_quietly(errand: Errand) -> tuple[Result, ...]:
