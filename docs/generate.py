@@ -133,9 +133,10 @@ def recipes_page() -> str:
                 ],
                 [
                     "`cache=GRID`",
-                    "what keys and values are rounded to on their way into the cache, by scales that "
-                    f"calibration fixes: {', '.join(f'`{text}`' for text in CACHES)}; `fp8` is short for the "
-                    "first. In compressed-tensors folders and Bitmill's own",
+                    "what keys and values are rounded to on their way into the cache: by scales that "
+                    f"calibration fixes, {', '.join(f'`{text}`' for text in CACHES)} (`fp8` is short for the "
+                    "first); or by those of each token's head, as input grids of whole numbers say, such as "
+                    "`int4-token-asym`. In compressed-tensors folders and Bitmill's own",
                 ],
                 ["`dtype=bf16`", "precision of what is kept and of scales: `f32`, `f16` or `bf16`"],
             ],

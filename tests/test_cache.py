@@ -187,7 +187,7 @@ def test_what_cannot_be_is_refused(model: Path, tmp_path: Path) -> None:
     for line in ("nearest : int4-g32-sym, cache=fp8 > gptq", "nearest : nf4-b64, cache=fp8 > bitsandbytes"):
         with pytest.raises(Refused, match="compressed-tensors"):
             plan(parse(line), open_path(model))
-    for text in ("int8-token", "fp8-e4m3-token", "int4-tensor-static", "nvfp4"):
+    for text in ("int8-tensor", "fp8-e4m3-token", "int4-tensor-static", "nvfp4"):
         with pytest.raises(BadRecipe, match="no cache"):
             parse(LINE.format(text))
     with pytest.raises(Refused, match="say cache="):

@@ -150,7 +150,11 @@ def test_inputs_rounded_in_a_rotated_basis(folder: Path, tmp_path: Path) -> None
     assert str(how) == "int8-token in a rotated basis"
     assert str(inputs_of(found)["model.layers.0.mlp.up_proj.weight"]) == "int8-token"
     assert how.basis is not None
-    turned = (x.unflatten(-1, (-1, 64)) @ how.basis()).flatten(-2)
+    turned = how.basis().turn(x)
+    signs = torch.ones(1, 1)
+    for _ in range(6):
+        signs = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), signs)
+    torch.testing.assert_close(turned, (x.unflatten(-1, (-1, 64)) @ signs / 8).flatten(-2))
     wanted = rounded(how.grid, turned, {}) @ plain.read(f"{MODULE}.weight").T
     torch.testing.assert_close(seen(how, x) @ found.read(f"{MODULE}.weight").T, wanted, rtol=1e-4, atol=1e-4)
     report = convert(found, "safetensors", tmp_path / "dense", requantize=True)
@@ -169,4 +173,5 @@ def test_bases_that_cannot_be(folder: Path, tmp_path: Path) -> None:
     found = open_path(edited(made, tmp_path / "c", {name: 16 * TURN}, transform_config=asked))
     basis = inputs_of(found)[f"{MODULE}.weight"].basis
     assert basis is not None
-    torch.testing.assert_close(basis(), TURN)
+    torch.testing.assert_close(basis().turn(torch.eye(256)), TURN)
+    torch.testing.assert_close(basis().turn_back(TURN), torch.eye(256), rtol=0, atol=1e-5)

@@ -92,8 +92,9 @@ def test_a_recipe_from_end_to_end(family: str, recipe: str, tmp_path: Path) -> N
     assert ("MXFP4" in stacks) == (recipe == "MXFP4_MOE")
     for name in source.tensors:  # logits would say little: a rounded token goes to another expert
         want, got = source.read(name), back.read(name)
-        rotated = "hadamard" in recipe and (".v_proj" in name or ".o_proj" in name)
-        assert rotated or float((got - want).norm() / want.norm()) < 0.2, name
+        if "hadamard" in recipe:  # norms are folded, all else is rotated; see test_rotations.py
+            break
+        assert float((got - want).norm() / want.norm()) < 0.2, name
     mill.quantize(back, "hf-f32", tmp_path / "folder")
     with torch.no_grad():
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "folder").eval()

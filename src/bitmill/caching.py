@@ -1,8 +1,8 @@
 """What a plan says of the cache of keys and values: which scales a file gets, and what they are.
 
 A scale of a cache is a row like any other, though no tensor of the model: calibration fixes it, by the
-largest key or value that the quantized block makes of its own inputs. Blocks behind it are calibrated on keys
-and values as they come.
+largest key or value that the quantized block makes of its own inputs. Where scales come with each token, the
+row stands for the rounding alone. Blocks behind it are calibrated on keys and values as they come.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from bitmill.core.errors import Refused, Unsolvable
 from bitmill.core.inputs import InputGrid, parse_inputs
 from bitmill.core.registry import parse_grid
 from bitmill.core.types import Inputs, Params, Row
-from bitmill.families.base import traits
+from bitmill.families.base import head_dim, traits
 from bitmill.numerics.cache import KEYS, VALUES
 from bitmill.numerics.inputs import fixed_params
+from bitmill.numerics.linear_maps import Hadamard
 
 ROLE = "cache"
 
@@ -49,6 +50,9 @@ def with_cache(
     found = [
         (row.name.removesuffix(".weight").rpartition(".")[0], row.layer) for row in rows if row.role == "v"
     ]
+    head = head_dim(config) if found else 0
+    if grid.group and head % grid.group:
+        raise Refused(f"heads of {head} channels have no groups of {grid.group}", fix=f"drop cache={text}")
     if not found:
         raise Refused(
             f"where {config.get('model_type')!r} makes its keys and values is not known here",
@@ -70,11 +74,11 @@ def with_stored_cache(
     layers = {row.name.rpartition(".")[0].rpartition(".")[0]: row.layer for row in rows}
     left: Counter[str] = Counter()
     for name, how in known.items():
-        if _unable(container, how.grid) is None:
+        if how.basis is None and _unable(container, how.grid) is None:
             layer = layers.get(name.rpartition(".")[0])
             made.append(_row(name, layer, how.grid, source.config, "as stored"))
         else:
-            left[str(how.grid)] += 1
+            left[str(how)] += 1
     remarks = [
         f"keys and values are rounded to {grid} in the source's cache ({n} scales); this output does not say "
         "so"
@@ -90,9 +94,8 @@ def cache_remarks(rows: Sequence[Row], source: Checkpoint) -> tuple[str, ...]:
     grids = {row.cache for row in rows if row.cache is not None}
     for grid in grids:
         said = "; no engine is known to run it" if grid.element == "int" else ""
-        remarks.append(
-            f"keys and values are rounded to {grid} in the cache; calibration fixes their scales{said}"
-        )
+        scales = "calibration fixes their scales" if grid.static else "their scales come with them"
+        remarks.append(f"keys and values are rounded to {grid} in the cache; {scales}{said}")
     if cache_of(source) and not grids:
         kinds = ", ".join(sorted({str(how.grid) for how in cache_of(source).values()}))
         remarks.append(
@@ -104,7 +107,7 @@ def cache_remarks(rows: Sequence[Row], source: Checkpoint) -> tuple[str, ...]:
 
 def said_of_cache(source: Checkpoint) -> str | None:
     """The sentence about a file that rounds keys and values, or None."""
-    grids = Counter(str(how.grid) for how in cache_of(source).values())
+    grids = Counter(str(how) for how in cache_of(source).values())
     if not grids:
         return None
     listed = ", ".join(f"{n} scales of {kind}" for kind, n in grids.most_common())
@@ -116,21 +119,30 @@ def same_cache(found: Mapping[str, Inputs], rows: Sequence[Row], fixed: Mapping[
     wanted = {row.name: row.cache for row in rows if row.cache is not None}
     if {name: how.grid for name, how in found.items()} != wanted:
         return False
+    turned = {row.name for row in rows if row.cache is not None and row.turn}
+    if turned != {name for name, how in found.items() if how.basis is not None}:
+        return False
     return all(torch.equal(found[name].fixed["scale"], scale) for name, scale in fixed.items())
 
 
 class CacheRange:
-    """The largest key and the largest value of one attention, head by head."""
+    """The largest key and the largest value of one attention, head by head.
 
-    def __init__(self) -> None:
+    Args:
+        turn: order of the Hadamard matrix that keys are multiplied by before they are rounded; 0 for none.
+    """
+
+    def __init__(self, turn: int = 0) -> None:
+        self._turn = Hadamard.plain(turn) if turn else None
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
         self._lock = Lock()  # micro-batches come from several threads
 
     def see(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Look at keys and values ``n heads tokens channels``, and leave them as they are."""
+        seen = keys if self._turn is None else self._turn.turn(keys)
         with self._lock:
-            self._keys, self._values = _larger(self._keys, keys), _larger(self._values, values)
+            self._keys, self._values = _larger(self._keys, seen), _larger(self._values, values)
         return keys, values
 
     def scale(self, row: Row, dtype: str) -> Params:

@@ -110,6 +110,9 @@ def same_inputs(found: Mapping[str, Inputs], rows: Sequence[Row], fixed: Mapping
     wanted = {row.name: row.inputs for row in rows if row.inputs is not None}
     if {name: how.grid for name, how in found.items()} != wanted:
         return False
+    turned = {row.name for row in rows if row.inputs is not None and row.turn}
+    if turned != {name for name, how in found.items() if how.basis is not None}:
+        return False
     return all(
         torch.equal(found[name].fixed[k], v) for name, values in fixed.items() for k, v in values.items()
     )

@@ -89,11 +89,17 @@ class Workspace:
         self._written.append((slot, at, len(data)))
 
     def finish_unit(
-        self, unit: str, record: Mapping[str, Any], live: Mapping[str, Tensor] | None = None
+        self,
+        unit: str,
+        record: Mapping[str, Any],
+        live: Mapping[str, Tensor] | None = None,
+        *,
+        lasting: bool = False,
     ) -> None:
         """Make everything written since the last unit durable, then say so in the journal.
 
-        A record with ``rewrites`` says that what earlier units wrote may change from here on.
+        A record with ``rewrites`` says that what earlier units wrote may change from here on. Of what units
+        leave ``live``, the last two stay, and what is ``lasting``.
         """
         self._boundary(f"{unit}: written")
         with _disk_errors(self.folder):
@@ -102,18 +108,19 @@ class Workspace:
             self._boundary(f"{unit}: synced")
             line = {"unit": unit, "sha256": self._hash.hexdigest(), "slots": self._written, **record}
             if live is not None:
-                line["live"] = self._keep_live(unit, live)
+                line["live"] = self._keep_live(unit, live, "kept" if lasting else "live")
             self._append(line)
         self._boundary(f"{unit}: journaled")
         self._touched.clear()
         self._hash, self._written = hashlib.sha256(), []
 
     def with_activations(self, done: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Of these units, which are all there are, those up to the last that left activations; without any,
-        the first, which needs none. The others are forgotten: they will be done again."""
+        """Of these units, which are the last there are, those up to the last that left activations; without
+        any, the first, which needs none. The others are forgotten: they will be done again."""
         last = max((at for at, unit in enumerate(done) if "live" in unit), default=0)
         if last + 1 < len(done):
-            lines = self._journal_lines()[: last + 2]  # the identity comes first
+            lines = self._journal_lines()
+            lines = lines[: len(lines) - (len(done) - last - 1)]
             with _disk_errors(self.folder):
                 _write_synced(self._journal_path, _lines(lines))
         return list(done[: last + 1])
@@ -245,8 +252,8 @@ class Workspace:
             os.fsync(file.fileno())
         _sync_folder(self.folder)
 
-    def _keep_live(self, unit: str, live: Mapping[str, Tensor]) -> str:
-        name = f"live-{unit.replace(' ', '-')}.safetensors"
+    def _keep_live(self, unit: str, live: Mapping[str, Tensor], kind: str) -> str:
+        name = f"{kind}-{unit.replace(' ', '-').replace(':', '')}.safetensors"
         partial = self.folder / (name + ".partial")
         save_file({key: value.contiguous() for key, value in live.items()}, partial)
         _sync_file(partial)

@@ -12,6 +12,32 @@ def _mlx(grid: str) -> str:
     return f"nearest : {grid}, embed={grid}, head={grid} > mlx"
 
 
+def _quarot() -> dict[str, str]:
+    """QuaRot's networks: all rotations, weights by rows or groups, inputs clipped to 0.9 of their range, keys
+    and values to 0.95 (arXiv 2404.00456)."""
+    found = {}
+    for bits in (4, 6, 8):
+        rounding = f"input=int{bits}-token-clip0.9, cache=int{bits}-token-asym-clip0.95 > bitmill"
+        grouped = f"input=int{bits}-g128-token-clip0.9, cache=int{bits}-token-asym-clip0.95 > bitmill"
+        name = "quarot" if bits == 4 else f"quarot-w{bits}a{bits}kv{bits}"
+        for solver, end in (("gptq", ""), ("nearest", "-rtn")):
+            found[f"{name}{end}"] = f"{_ROTATED} + {solver} : int{bits}-channel-sym, {rounding}"
+            found[f"{name}-g128{end}"] = f"{_ROTATED} + {solver} : int{bits}-g128-sym, {grouped}"
+    return found
+
+
+def _spinquant() -> dict[str, str]:
+    """SpinQuant's networks: with the runtime's rotations, and without (arXiv 2405.16406)."""
+    rounding = "int4-channel-sym, input=int4-token-asym, cache=int4-token-asym > bitmill"
+    return {
+        "spinquant": f"spinquant(r3=true, r4=true) + gptq : {rounding}",
+        "spinquant-no-had": "spinquant + gptq : int4-channel-sym, input=int8-token > compressed-tensors",
+    }
+
+
+_ROTATED = "hadamard(r3=true, r4=true)"
+_QOQ = "input=int8-token, cache=int4-token-asym > bitmill"
+
 KNOWN: Mapping[str, str] = {
     **{name.lower(): f"nearest : {name} > gguf" for name in Mixture.names()},
     "f16": "nearest : f16 > gguf",
@@ -22,6 +48,10 @@ KNOWN: Mapping[str, str] = {
     "w4a8": "gptq : int4-g128-sym, input=int8-token > compressed-tensors",
     "w4afp8": "gptq : int4-g128-sym, input=fp8-e4m3-token > compressed-tensors",
     "w4a4": "hadamard + gptq : int4-g128-sym, input=int4-token > compressed-tensors",
+    **_quarot(),
+    **_spinquant(),
+    "qoq": f"hadamard + gptq : int4-g128-qoq, {_QOQ}",
+    "qoq-channel": f"hadamard + gptq : int4-channel-asym, {_QOQ}",
     "w8a16": "nearest : int8-channel-sym > compressed-tensors",
     "w4a16": "gptq : int4-g128-sym > compressed-tensors",
     "w4a16-asym": "gptq : int4-g128-asym > compressed-tensors",

@@ -24,6 +24,7 @@ from bitmill.core.types import Moments, Note
 from bitmill.journal import RESUME, Boundary, Workspace, report_path
 from bitmill.planning import Plan, plan
 from bitmill.recipe import Recipe, parse
+from bitmill.rotating import with_rotating
 from bitmill.source import open_source
 from bitmill.tuning import with_tuning
 from bitmill.walk import Progress, Walk
@@ -90,10 +91,11 @@ def quantize(
     def kept() -> None:
         if keep is not None:
             facts = {**{k: str(v) for k, v in calibration.facts.items()}, "model": source.digest}
+            facts["rotations"] = _rotations(made)
             save_moments(keep, walk.kept_moments, facts)
 
     identity = identity_of(made, calibration, device)
-    job = with_tuning(walk)
+    job = with_rotating(walk, with_tuning(walk))
     return carry_out(job, identity, started, force=force, resume=resume, before_sealing=kept)
 
 
@@ -151,7 +153,13 @@ class Told:
                 f"{learns} learns from what the model puts out; moments of its inputs do not tell",
                 fix="calibrate: --calib TEXT instead of --moments or --imatrix",
             )
-        if any(row.cache for row in made.rows) and (self.moments is not None or self.matrices):
+        rotations = made.learned_rotations
+        if rotations is not None and (self.moments is not None or self.matrices):
+            raise Refused(
+                f"{rotations} learns from what the model puts out; moments of its inputs do not tell",
+                fix="calibrate: --calib TEXT instead of --moments or --imatrix",
+            )
+        if any(row.cache and row.cache.static for row in made.rows) and (self.moments or self.matrices):
             raise Refused(
                 f"cache={wanted.cache} needs the range of keys and values; moments of inputs do not tell it",
                 fix="calibrate: --calib TEXT instead of --moments or --imatrix",
@@ -167,7 +175,7 @@ class Told:
         known, calibration = importance(made, source, self.matrices, self.missing)
         if self.moments is not None:
             known, calibration = _saved(self.moments, source, made)
-        if (made.needs == "nothing" and made.recipe.tune is None) or known:
+        if not made.calibrates or known:
             return known, calibration
         if drawn is None:
             windows = {"nsamples": self.nsamples, "seqlen": self.seqlen, "seed": self.seed}
@@ -311,6 +319,11 @@ def _already_there(out: Path, space: Workspace, identity: Mapping[str, Any], for
     return Report(**fields, notes=notes, resumed=known["resumed"], tuning=known.get("tuning", {}))
 
 
+def _rotations(made: Plan) -> str:
+    """What the moments of a plan's run depend on, of its transforms: those known before it."""
+    return " + ".join(str(t) for t in made.recipe.make_transforms() if t.needs == "nothing")
+
+
 def _refuse_foreign_moments(
     known: Mapping[str, Moments], facts: Mapping[str, str], source: Checkpoint, made: Plan
 ) -> None:
@@ -318,6 +331,11 @@ def _refuse_foreign_moments(
         return
     if facts.get("model") not in (None, source.digest):
         raise Refused("these moments were taken on another model", fix="take them again with --save-moments")
+    if facts.get("rotations", "") != _rotations(made):
+        raise Refused(
+            "these moments are of inputs in another basis: the recipe they were taken with rotates otherwise",
+            fix="take them again with this recipe and --save-moments",
+        )
     missing = [row.name for row in made.rows if row.solved and row.name not in known]
     if missing:
         raise Refused(

@@ -16,8 +16,10 @@ from bitmill.core.types import Moments, Note, Params, Problem, Quantized, Row, S
 from bitmill.inputs import fixed_by, same_inputs
 from bitmill.journal import Workspace
 from bitmill.numerics.floats import all_finite
+from bitmill.numerics.linear_maps import Hadamard
 from bitmill.planning import Plan
 
+_TURNING = 2e-6  # of the largest weight: a rotation there and back in another order of summation
 STACK_PROBE = 48  # rows of a trial weight: no multiple of any tile, so that a tile's parameters show
 
 
@@ -91,8 +93,9 @@ class Placing:
         for row, part in zip(stack, parts, strict=True):
             quantized = replace(part, inputs=fixed_by(row, moments, self.plan.dtype))
             dense = quantized.dense()
-            self._record_error(row, tensors[row.name], dense, moments)
+            self._record_error(row, _turned(row, tensors), dense, moments)
             self.write(row, quantized)
+            dense = unturned(row, dense)
             self._sample.setdefault(row.role, (row.name, dense[:4].clone(), quantized.inputs))
             values[row.name] = dense
         return values
@@ -107,11 +110,12 @@ class Placing:
         """From now on, the ranges of the block's keys and values, by the scales that they are to fix."""
         found: dict[str, CacheRange] = {}
         ranges: dict[Row, CacheRange] = {}
+        turns = {row.name.rpartition(".")[0]: row.turn for row in self.plan.rows if row.cache and row.turn}
         for row in self.plan.rows:
-            if row.cache is not None and row.layer == block.index:
+            if row.cache is not None and row.cache.static and row.layer == block.index:
                 path = row.name.rpartition(".")[0]
                 if path not in found:
-                    found[path] = CacheRange()
+                    found[path] = CacheRange(turns.get(path, 0))
                     block.watch_cache(path.removeprefix(block.prefix), found[path].see)
                 ranges[row] = found[path]
         return ranges
@@ -139,11 +143,14 @@ class Placing:
             Unsolvable: the bytes do not decode to the solution; the output never appears.
         """
         written = self.plan.container.open(self.space.payload)
+        turned = {row.name for row in self.plan.rows if row.turn}
         fixed = {name: inputs for name, _, inputs in self._sample.values()}
         told = same_inputs(inputs_of(written), self.plan.rows, fixed)
         told = told and same_cache(cache_of(written), self.plan.rows, self._scales)
         for name, rows, _ in self._sample.values():
-            if not told or not torch.equal(written.read(name)[: rows.shape[0]].float(), rows):
+            read = written.read(name)[: rows.shape[0]].float()
+            same = torch.allclose(read, rows, rtol=0, atol=_TURNING * float(rows.abs().max()))
+            if not told or not (same if name in turned else torch.equal(read, rows)):
                 raise Unsolvable(
                     "what was written does not read back as what was solved",
                     where=f"{name} in {self.plan.recipe.container}",
@@ -181,5 +188,16 @@ def _unseen(problem: Problem, grid: Grid) -> Solution:
 
 def _stacked(stack: Sequence[Row], tensors: Mapping[str, Tensor]) -> Tensor:
     if len(stack) == 1:
-        return tensors[stack[0].name]
-    return torch.cat([tensors[row.name] for row in stack])
+        return _turned(stack[0], tensors)
+    return torch.cat([_turned(row, tensors) for row in stack])
+
+
+def _turned(row: Row, tensors: Mapping[str, Tensor]) -> Tensor:
+    """A weight as it is stored: for inputs that a runtime rotates."""
+    weight = tensors[row.name]
+    return Hadamard.plain(row.turn).read(weight) if row.turn else weight
+
+
+def unturned(row: Row, weight: Tensor) -> Tensor:
+    """A weight as a model computes with it whose inputs are as they come."""
+    return Hadamard.plain(row.turn).undo(weight) if row.turn else weight

@@ -37,8 +37,10 @@ from bitmill.core.axes import (
 )
 from bitmill.core.cautions import cautions_of
 from bitmill.core.errors import Refused
+from bitmill.core.rotating import LearnedTransform
 from bitmill.core.types import FileImage, Row, TensorFacts
 from bitmill.families.base import LINEAR_ROLES, Family, describe, is_expert, traits
+from bitmill.folding_plan import learning_of, own_head, transform_remarks, with_rotations
 from bitmill.forecast import cost, refuse_folder
 from bitmill.inputs import input_remarks, with_inputs
 from bitmill.recipe import Recipe
@@ -109,6 +111,18 @@ class Plan:
         return tuple(row for row in self.rows if row.fallback)
 
     @property
+    def learned_rotations(self) -> str | None:
+        """What learns rotations before the walk, as the recipe calls it; None where nothing does."""
+        made = zip(self.recipe.transforms, self.recipe.make_transforms(), strict=True)
+        return next((str(call) for call, t in made if isinstance(t, LearnedTransform)), None)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether a run looks at text."""
+        learns = self.recipe.tune is not None or self.learned_rotations is not None
+        return self.needs != "nothing" or learns
+
+    @property
     def headline(self) -> tuple[str, ...]:
         """What matters first: the recipe, how much of it a shape changed, the size, the cost."""
         lines = [str(self.recipe)]
@@ -156,7 +170,8 @@ class Plan:
             if row.name == name:
                 instead = f", instead of {row.fallback}" if row.fallback else ""
                 inputs = f"; its inputs on {row.inputs}" if row.inputs else ""
-                return f"{row.name}: {row.grid} ({row.why}){instead}{inputs}"
+                turned = f"; for inputs in a Hadamard basis of order {row.turn}" if row.turn else ""
+                return f"{row.name}: {row.grid} ({row.why}){instead}{inputs}{turned}"
         raise Refused(
             f"the model has no tensor {name!r}", fix="names are Hugging Face's, see `bitmill plan --json`"
         )
@@ -191,6 +206,7 @@ class Plan:
                     "fallback": r.fallback,
                     "inputs": str(r.inputs) if r.inputs else None,
                     "cache": str(r.cache) if r.cache else None,
+                    "turn": r.turn,
                 }
                 for r in self.rows
             ],
@@ -226,7 +242,7 @@ def plan(
     if calibrated and needs == "nothing":
         needs = "diagonal"
     dtype = recipe.dtype or (recipe.grid if recipe.grid in BYTES else source_dtype(checkpoint))
-    remarks = _transform_remarks(recipe, family, checkpoint)
+    remarks = transform_remarks(recipe, family, checkpoint)
     facts = _facts(recipe, family, checkpoint)
     told = needs != "nothing"
     rows = _rows(recipe, family, container, checkpoint, facts, dtype, told)
@@ -239,9 +255,11 @@ def plan(
     called = recipe.container.replace("_", "-")
     rows = with_inputs(rows, recipe.input, container, called)
     rows = with_cache(rows, recipe.cache, container, called, checkpoint.config)
-    remarks += input_remarks(rows, checkpoint) + cache_remarks(rows, checkpoint)
+    rows, said = with_rotations(rows, recipe, container, checkpoint)
+    remarks += input_remarks(rows, checkpoint) + cache_remarks(rows, checkpoint) + said
     remarks += cautions_of(container, rows, strict)
-    if needs == "nothing" and any(row.cache or (row.inputs and row.inputs.fixed) for row in rows):
+    fixing = (grid.fixed for row in rows for grid in (row.cache, row.inputs) if grid is not None)
+    if needs == "nothing" and any(fixing):
         needs = "diagonal"
     remarks += _unheard(recipe, rows, container, checkpoint, dtype)
     again = requantized(checkpoint) if any(str(row.grid) not in BYTES for row in rows) else None
@@ -257,10 +275,14 @@ def plan(
         raise Refused("this output is a folder", where=str(out), fix=f"-o {out.with_suffix('')}")
     if out is not None:
         refuse_folder(out, total_bytes(files))
+    said, learning = learning_of(recipe, rows, checkpoint, nsamples, seqlen)
+    remarks += said
     tune = recipe.make_tune()
-    calibration = (nsamples, seqlen) if needs != "nothing" or tune is not None else (0, 0)
+    learns = any(isinstance(t, LearnedTransform) for t in transforms)
+    calibration = (nsamples, seqlen) if needs != "nothing" or tune is not None or learns else (0, 0)
     fitted = any(transform.needs != "nothing" for transform in transforms)
     taken = cost(rows, checkpoint.config, solver, needs, *calibration, fitted)
+    taken = (max(taken[0], learning[0]), taken[1] + learning[1])
     if tune is not None:
         said, taken = tuned(rows, checkpoint.config, str(recipe.tune), tune, *calibration, taken)
         remarks += said
@@ -306,46 +328,7 @@ def source_dtype(checkpoint: Checkpoint) -> str:
 
 def _facts(recipe: Recipe, family: Family, checkpoint: Checkpoint) -> Mapping[str, TensorFacts]:
     """The tensors that are placed: the checkpoint's, and a head of its own where one becomes needed."""
-    facts = dict(checkpoint.tensors)
-    if _needs_own_head(recipe, family, facts):
-        embed = facts[f"{family.module('embed', None)}.weight"]
-        facts["lm_head.weight"] = TensorFacts("lm_head.weight", embed.shape, embed.dtype)
-    return facts
-
-
-def _needs_own_head(recipe: Recipe, family: Family, facts: Mapping[str, TensorFacts]) -> bool:
-    stream = family.seam("residual")
-    rotates = stream is not None and any(
-        "residual" in t.seams() and t.kind in stream.allows for t in recipe.make_transforms()
-    )
-    return rotates and "lm_head.weight" not in facts
-
-
-def _transform_remarks(recipe: Recipe, family: Family, checkpoint: Checkpoint) -> tuple[str, ...]:
-    remarks: list[str] = []
-    for call, transform in zip(recipe.transforms, recipe.make_transforms(), strict=True):
-        if not family.seams:
-            raise Refused(
-                f"{call.name} needs to know what may be folded where, and there is no table for "
-                f"{checkpoint.config.get('model_type')!r}",
-                fix=f"drop {call.name} from the recipe; the solver works without it",
-            )
-        usable = []
-        for name in transform.seams():
-            seam = family.seam(name)
-            if seam is None or transform.kind not in seam.allows:
-                remarks.append(
-                    f"{call.name}: {family.name} has no {name} seam for a {transform.kind} map; skipped"
-                )
-            else:
-                usable.append(name)
-        if not usable:
-            raise Refused(f"{call.name} finds no seam to fold at in {family.name}", fix=f"drop {call.name}")
-    if _needs_own_head(recipe, family, checkpoint.tensors):
-        remarks.append(
-            "the tied head gets a matrix of its own: a rotated embedding and a rotated head differ"
-        )
-    return tuple(remarks)
+    return {**checkpoint.tensors, **own_head(recipe, family, checkpoint)}
 
 
 def _rows(

@@ -28,6 +28,7 @@ from bitmill.journal import Boundary, Workspace
 from bitmill.mill import Job, Told, carry_out, identity_of, refuse_existing
 from bitmill.planning import Plan
 from bitmill.recipe import Recipe, parse
+from bitmill.rotating import with_rotating
 from bitmill.source import open_source
 from bitmill.transfer import Transfer
 from bitmill.tuning import with_tuning
@@ -92,7 +93,8 @@ def quantize_many(
         first = next((i for i in range(at) if solved_alike(plans[i], made)), None)
         job: Job
         if first is None:
-            job = with_tuning(Walk(made, source, space, tell, calibration, known, device, False))
+            walk = Walk(made, source, space, tell, calibration, known, device, False)
+            job = with_rotating(walk, with_tuning(walk))
         else:
             solved = plans[first].container.open(paths[first])
             job = Transfer(made, source, space, tell, solved, False, reports[first])
@@ -138,6 +140,8 @@ def solved_alike(one: Plan, other: Plan) -> bool:
     alike = (one.recipe.transforms, one.recipe.solver, one.needs, one.nsamples, one.seqlen)
     if one.recipe.tune is not None or other.recipe.tune is not None:
         return False  # norms are not the source's either, and what is learned is each container's own
+    if any(row.turn for row in one.rows):
+        return False  # what is stored for rotated inputs reads back as dense weights
     if alike != (other.recipe.transforms, other.recipe.solver, other.needs, other.nsamples, other.seqlen):
         return False
     changed = bool(one.recipe.transforms)

@@ -63,7 +63,8 @@ class Transfer:
     def __post_init__(self) -> None:
         self.container: Container = self.plan.container
         self.inputs: Mapping[str, Inputs] = inputs_of(self.stored)
-        self.cache = {name: how.fixed["scale"] for name, how in cache_of(self.stored).items()}
+        told = cache_of(self.stored)
+        self.cache = {name: how.fixed["scale"] for name, how in told.items() if how.grid.static}
 
     def run(self, identity: Mapping[str, Any], done: Sequence[Mapping[str, Any]], started: float) -> Report:
         """Every unit that is not done yet; the report of all of them."""
@@ -104,7 +105,7 @@ class Transfer:
         """
         written = self.container.open(self.space.payload)
         told = inputs_of(written)
-        scales = {row.name: self.cache[row.name] for row in self.plan.rows if row.cache is not None}
+        scales = {row.name: self.cache[row.name] for row in self.plan.rows if row.name in self.cache}
         if not same_cache(cache_of(written), self.plan.rows, scales):
             raise Unsolvable("scales of the cache do not read back as they are", where=str(self.space.out))
         for at, row in enumerate(self.plan.rows):
@@ -130,7 +131,8 @@ class Transfer:
 
     def _row(self, row: Row) -> None:
         if row.cache is not None:
-            self._write(row, row.grid.round(self.cache[row.name]))
+            if row.cache.static:
+                self._write(row, row.grid.round(self.cache[row.name]))
             return
         stored = self._from(row).stored(row.name)
         if stored is None or isinstance(stored.grid, Dense):

@@ -33,12 +33,13 @@ from bitmill.core.errors import Refused, Unsolvable
 from bitmill.core.learning import BlockSolver, BlockTask
 from bitmill.core.types import Inputs, Moments, Note, Row
 from bitmill.fitting import Fitting
-from bitmill.folding import fixed_fold
+from bitmill.folding import Maps, fixed_fold
 from bitmill.forecast import STAGED_BYTES, blocks_between, staged_bytes
 from bitmill.inputs import fixed_by, needs_zero
 from bitmill.journal import Workspace
 from bitmill.numerics.floats import all_finite
-from bitmill.placing import Placing
+from bitmill.numerics.linear_maps import Hadamard
+from bitmill.placing import Placing, unturned
 from bitmill.planning import Plan
 
 Progress = Callable[[str, int, int, str], None]
@@ -79,6 +80,11 @@ class Walk:
         fitted = tuple((name, t) for name, t in named if t.needs != "nothing")
         self.fitting = Fitting(self.plan.family, self.source.config, fitted)
         self.notes += self.calibration.notes
+
+    def learned(self, maps: Maps) -> None:
+        """Fold these maps, where the recipe's transforms have them learned."""
+        transforms = self.plan.recipe.make_transforms()
+        self.fold = fixed_fold(self.plan.family, transforms, self.source, maps)
 
     def run(self, identity: Mapping[str, Any], done: Sequence[Mapping[str, Any]], started: float) -> Report:
         """Every unit that is not done yet; the report of all of them."""
@@ -297,7 +303,7 @@ class Walk:
 
         def outputs(values: Sequence[Tensor], windows: Tensor) -> Tensor:
             weights = {
-                _path(block, row): part
+                _path(block, row): unturned(row, part)
                 for stack, value in zip(stacks, values, strict=True)
                 for row, part in zip(stack, value.split([row.shape[0] for row in stack]), strict=True)
             }
@@ -338,7 +344,8 @@ class Walk:
             block.assign(row.name.removeprefix(block.prefix), values[row.name])
             if row.inputs is not None:
                 fixed = fixed_by(row, moments, self.plan.dtype)
-                block.inputs[_path(block, row)] = Inputs(row.inputs, fixed)
+                basis = partial(Hadamard.plain, row.turn) if row.turn else None
+                block.inputs[_path(block, row)] = Inputs(row.inputs, fixed, basis)
 
     def _groups(self, block: Block, rows: Sequence[Row], hidden: Tensor) -> list[list[Row]]:
         """Solved rows grouped by the input they share, in the order the block runs them."""
@@ -358,7 +365,8 @@ class Walk:
         gram, signed = self.plan.needs == "gram", needs_zero(group)
         fixed = any(row.inputs is not None and row.inputs.fixed for row in group)
         extremes = not gram or fixed or self.keep_moments or bool(self.fitting.transforms)
-        return MomentSum(group[0].shape[1], gram, hidden.device, signed, cross, extremes)
+        turn = Hadamard.plain(group[0].turn) if group[0].turn else None
+        return MomentSum(group[0].shape[1], gram, hidden.device, signed, cross, extremes, turn)
 
     def _keep(self, moments: Mapping[str, Moments]) -> None:
         if self.keep_moments:

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from bitmill.core import registry
 from bitmill.core.axes import Grid, LinearMap, Seam, Transform
+from bitmill.core.online import DOWN, KEYS, OnlineTransform
 from bitmill.core.types import Moments, Problem
-from bitmill.numerics.linear_maps import SharedDiagonal
+from bitmill.numerics import hadamard
+from bitmill.numerics.linear_maps import Hadamard, SharedDiagonal
 from bitmill.solvers.nearest import Nearest
 from bitmill.transforms.awq import Awq
 from bitmill.transforms.hadamard import HadamardRotation
@@ -55,6 +57,10 @@ def test_it_says_what_it_needs_and_where_it_goes(transform: Transform):
     assert transform.needs in ("nothing", "diagonal", "gram")
     assert transform.kind in ("diagonal", "orthogonal")
     assert set(transform.seams()) <= {"attn_in", "value", "mlp_in", "mlp_mid", "residual"}
+    if isinstance(transform, OnlineTransform):
+        for space, width in ((DOWN, 172), (DOWN, 94), (KEYS, 80), (KEYS, 64)):
+            order = transform.online(space, width)
+            assert order == 0 or (width % order == 0 and hadamard.factors(order) is not None)
     map_, gain = _fit(transform)
     assert map_.kind == transform.kind
     assert (gain is None) == (transform.needs == "nothing")
@@ -159,7 +165,16 @@ def test_hadamard_draws_new_signs_for_each_seam_layer_and_seed():
         torch.testing.assert_close(unit, torch.eye(IN).double(), rtol=0, atol=1e-6)
         assert all(not torch.equal(one, other) for other in drawn[:i])
     assert HadamardRotation().seams() == ("residual", "value")
-    assert HadamardRotation(value=False).seams() == ("residual",)
+    assert HadamardRotation(r2=False).seams() == ("residual",)
+    assert HadamardRotation(r1=False, r3=True).seams() == ("value",)
+
+
+def test_hadamard_leaves_to_the_runtime_what_it_is_told_to():
+    both = HadamardRotation(r3=True, r4=True, block=128)
+    assert [both.online(space, 192) for space in (DOWN, KEYS)] == [96, 192]
+    assert [HadamardRotation().online(space, 192) for space in (DOWN, KEYS)] == [0, 0]
+    limited, _ = both.fit(Seam("residual", (), (), frozenset({"orthogonal"})), None, IN, ())
+    assert isinstance(limited, Hadamard) and limited.order == 96
 
 
 def test_hadamard_spreads_an_outlier_over_all_channels():

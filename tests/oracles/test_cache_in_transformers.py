@@ -39,6 +39,9 @@ CASES = [
     ("qwen3", "float32", "int4-g64-sym, cache=fp8"),
     ("gemma3", "float32", "int4-g64-sym, cache=fp8-head"),
     ("phi3", "float32", "int4-g64-sym, cache=fp8"),
+    ("llama", "float32", "int4-g64-sym, cache=int4-token-asym"),
+    ("qwen3", "float32", "int8-channel-sym, input=int8-token, cache=int3-g16-token-asym"),
+    ("gemma3", "float32", "int4-g64-sym, cache=int8-token"),
 ]
 
 
@@ -52,7 +55,8 @@ def test_the_client_runs_what_we_simulate(tmp_path: Path, family: str, dtype: st
     assert {key: value for key, value in info.items() if value} == {}
     checkpoint, attentions = open_source(str(out)), []
     for name, how in cache_of(checkpoint).items():
-        assert torch.equal(model.get_parameter(name).float(), how.fixed["scale"])
+        scales = how.fixed if how.grid.static else {}
+        assert all(torch.equal(model.get_parameter(name).float(), scale) for scale in scales.values())
         attentions.append(model.get_submodule(name.rpartition(".")[0]))
         assert any(isinstance(inside, QuantizedKVCache) for inside in attentions[-1].children())
     with torch.no_grad():

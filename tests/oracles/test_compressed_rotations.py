@@ -1,8 +1,10 @@
 """The compressed-tensors package as the judge of rotations: models that it rotates, runs and saves are read
-by us as dense weights that need no rotation. transformers 5 loads such folders without their rotations."""
+by us as dense weights that need no rotation, and what we write is rotated and run by it. transformers 5 loads
+such folders without their rotations."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from compressed_tensors.transform import (
     TransformScheme,
     apply_transform_config,
 )
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from bitmill import mill
@@ -140,8 +143,53 @@ def test_inputs_are_rounded_where_it_runs_rotated(
     assert error < 0.02 and off > 3 * error
 
 
+WRITTEN = [
+    ("llama", 256, "hadamard(r4=true)", "int8-channel-sym, input=int8-token-asym"),
+    ("llama", 192, "hadamard(r4=true)", "int8-channel-sym, input=int8-token-asym"),
+    ("llama", 192, "hadamard(r4=true, block=64)", "int4-g32-sym"),
+    ("llama", 256, "hadamard(r3=true)", "int4-g32-sym, cache=int4-token-asym"),
+    (
+        "llama",
+        256,
+        "hadamard(r3=true, r4=true)",
+        "int4-g32-sym, input=int4-token-asym, cache=int4-token-asym",
+    ),
+    ("qwen3", 256, "hadamard(r3=true, r4=true)", "int4-g32-sym, input=int4-token-asym, cache=fp8-head"),
+    ("gemma3", 192, "hadamard(r3=true, r4=true)", "int4-g32-sym, cache=int8-token"),
+    ("phi3", 256, "hadamard(r3=true, r4=true)", "f32, cache=int4-g16-token-asym"),
+]
+
+
+@pytest.mark.parametrize(("family", "middle", "rotations", "grids"), WRITTEN)
+def test_what_we_write_runs_there(
+    tmp_path: Path, family: str, middle: int, rotations: str, grids: str
+) -> None:
+    """Loaded by transformers, rotated by the package as the folder's own ``transform_config`` says."""
+    source = make_model(tmp_path / "model", family, num_hidden_layers=2, intermediate_size=middle)
+    line, out, ids = f"{rotations} + nearest : {grids} > compressed-tensors", tmp_path / "out", tokens(2, 12)
+    mill.quantize(str(source), line, out, calib=tokens(4, 32), nsamples=4, seqlen=32)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    with torch.no_grad():
+        without = model(ids).logits
+    about = json.loads((out / "config.json").read_text())["quantization_config"]["transform_config"]
+    asked = TransformConfig(**about)  # what is there, is what the package knows
+    for group in asked.config_groups.values():
+        group.apply = [one for one in group.apply if one.is_online()]  # the others are in the weights
+    apply_transform_config(model, asked)
+    stored = {name: value for name, value in load_file(out / "model.safetensors").items() if "R4_" in name}
+    matrices = [n for n, group in asked.config_groups.items() if group.type == "random-hadamard"]
+    assert len(stored) == len(matrices) == (middle == 192 and "block" not in rotations and "r4" in rotations)
+    for name, value in stored.items():
+        model.get_parameter(name).data.copy_(value)  # one parameter for all layers
+    with torch.no_grad():
+        wanted, found = model(ids).logits, load_model(open_path(out))(ids).logits
+    spread = float(wanted.std())
+    assert float((found - wanted).abs().mean()) < 0.005 * spread
+    assert float((without - wanted).abs().mean()) > 0.01 * spread
+
+
 def test_transformers_leaves_the_rotations_out(tmp_path: Path) -> None:
-    """Why no such folder is written here: its reader computes something else."""
+    """Why a plan warns of such a folder: this reader computes something else."""
     wanted = saved(tmp_path, "R4", True)
     with torch.no_grad():
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()

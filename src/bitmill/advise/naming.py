@@ -17,6 +17,7 @@ from bitmill.allocation.mixture import Mixture, demands_importance
 from bitmill.core.axes import Weight
 from bitmill.core.errors import BadRecipe
 from bitmill.core.registry import parse_grid
+from bitmill.core.rotating import LearnedTransform
 from bitmill.known import KNOWN
 from bitmill.recipe import Recipe, parse
 
@@ -193,7 +194,9 @@ def _pieces(key: str) -> tuple[tuple[str, str], ...]:
 
 
 def _needs_text(recipe: Recipe) -> bool:
-    calibrated = {recipe.make_solver().needs, *(t.needs for t in recipe.make_transforms())} != {"nothing"}
+    transforms = recipe.make_transforms()
+    calibrated = {recipe.make_solver().needs, *(t.needs for t in transforms)} != {"nothing"}
+    calibrated = calibrated or any(isinstance(t, LearnedTransform) for t in transforms)
     if calibrated or not recipe.is_mixture:
         return calibrated
     mixture = Mixture(recipe.grid)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bitmill.calibrate.crew import Crew
 from bitmill.core.errors import BadFile, Refused, Unsolvable
-from bitmill.core.types import Moments
+from bitmill.core.types import Basis, Moments
 
 FILE_KIND = "bitmill-moments-1"
 _PANEL = 192  # rows at most: wider ones lose more to what is done twice than thin products cost
@@ -36,6 +36,7 @@ class MomentSum:
         cross: whether to keep ``(x̃ - x) xᵀ`` too, with the original model's ``x̃``.
         extremes: whether to keep ``|x|``, its sum and its largest: what transforms and fixed ranges need. A
             Gram matrix alone is then one product less, and one reading.
+        turn: what the layer's runtime multiplies the input by first; the moments are of that.
     """
 
     width: int
@@ -44,6 +45,7 @@ class MomentSum:
     signed: bool = False
     cross: bool = False
     extremes: bool = True
+    turn: Basis | None = None
 
     def __post_init__(self) -> None:
         self.tokens = 0
@@ -69,7 +71,7 @@ class MomentSum:
 
     def add_all(self, parts: Sequence[Tensor], where: str, originals: Sequence[Tensor] | None = None) -> None:
         """As :meth:`add` of each, one after the other, their Gram matrices on all threads."""
-        parts = [x.reshape(-1, self.width).float() for x in parts]
+        parts = [self._seen(x) for x in parts]
         for x in parts:
             self._add_sums(x)
         if self._gram is not None:
@@ -77,7 +79,7 @@ class MomentSum:
         self._check(parts, where)
         if self._cross is not None and originals is not None:
             for x, original in zip(parts, originals, strict=True):
-                self._cross.addmm_((original.reshape(-1, self.width).float() - x).T, x)
+                self._cross.addmm_((self._seen(original) - x).T, x)
 
     def _add_sums(self, x: Tensor) -> None:
         self.tokens += x.shape[0]
@@ -102,6 +104,10 @@ class MomentSum:
                 where=f"input of {where}",
                 fix="check that the source model itself produces finite logits; calibrate with --device cpu",
             )
+
+    def _seen(self, x: Tensor) -> Tensor:
+        x = x.reshape(-1, self.width).float()
+        return x if self.turn is None else self.turn.turn(x)
 
     def moments(self) -> Moments:
         """The sums so far, as a frozen record. The accumulator must not be used afterwards."""

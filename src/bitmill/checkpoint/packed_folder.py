@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +19,8 @@ from bitmill.checkpoint.safetensors_write import Planned
 from bitmill.core.axes import InputCheckpoint
 from bitmill.core.errors import BadFile
 from bitmill.core.inputs import InputGrid
-from bitmill.core.types import Inputs, Quantized, TensorFacts
+from bitmill.core.types import Basis, Inputs, Quantized, TensorFacts
+from bitmill.numerics.cache import KEYS, VALUES
 
 _CACHE_SCALE = re.compile(r"(.+?)(?:\.([kv])_proj)?\.([kv]_scale|output_scale)")
 
@@ -233,6 +234,34 @@ def stored_cache(folder: TensorFolder, grid: InputGrid, heads: int) -> dict[str,
         if partner not in found:
             raise BadFile(f"there is {name!r} and no {partner!r}", where=str(folder.path))
     return found
+
+
+def known_cache(
+    folder: TensorFolder,
+    grid: InputGrid,
+    heads: int,
+    attentions: Collection[str],
+    basis: Callable[[], Basis] | None,
+) -> dict[str, Inputs]:
+    """How keys and values are rounded, by the name of their scale, stored or not.
+
+    Args:
+        heads: of keys.
+        attentions: paths of the modules that make them.
+        basis: what keys are multiplied by first.
+
+    Raises:
+        BadFile: as :func:`stored_cache`; or scales are to be stored, and are not.
+    """
+    if grid.static:
+        found = stored_cache(folder, grid, heads)
+        if not found:
+            raise BadFile(
+                "keys and values are rounded, and no k_scale is in the file", where=str(folder.path)
+            )
+    else:
+        found = {f"{path}.{part}": Inputs(grid) for path in attentions for part in (KEYS, VALUES)}
+    return {name: replace(how, basis=basis) if name.endswith(KEYS) else how for name, how in found.items()}
 
 
 def one_number(folder: TensorFolder, name: str, types: Collection[str] = tuple(DENSE)) -> Tensor:

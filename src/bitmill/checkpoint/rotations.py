@@ -20,6 +20,8 @@ from torch import Tensor
 
 from bitmill.checkpoint.safetensors import DENSE, TensorFolder
 from bitmill.core.errors import BadFile, Refused
+from bitmill.core.types import Basis
+from bitmill.numerics.linear_maps import Hadamard
 
 Names = Callable[[Sequence[str], str], bool]
 """Whether a list of targets names a module."""
@@ -159,7 +161,7 @@ def folded(
 
 def basis_of_inputs(
     folder: TensorFolder, module: str, columns: int, asked: Sequence[Rotation], names: Names
-) -> Callable[[], Tensor] | None:
+) -> Callable[[], Basis] | None:
     """What a layer's inputs are multiplied by before they are rounded, read when it is asked for; None where
     only its outputs are rotated.
 
@@ -181,15 +183,52 @@ def basis_of_inputs(
     return partial(_orthogonal, folder, rotation, _record(folder, rotation, module, columns, where))
 
 
+def basis_of_keys(folder: TensorFolder, head: int, asked: Sequence[Rotation]) -> Callable[[], Basis] | None:
+    """What keys, and the queries they meet, are multiplied by before keys are rounded for the cache; None
+    where nothing is.
+
+    Raises:
+        Refused: two rotations.
+        BadFile: the matrix is missing or does not fit; when it is read, it is not orthogonal.
+    """
+    mine = [rotation for rotation in asked if rotation.location == "q_attn"]
+    if len(mine) > 1:
+        raise Refused("keys are rotated twice", where=str(folder.path), fix="give the original model")
+    if not mine:
+        return None
+    record = _record(folder, mine[0], "self_attn", head, str(folder.path))
+    return partial(_orthogonal, folder, mine[0], record)
+
+
+@dataclass(frozen=True, eq=False)
+class _Blocks:
+    """The same orthogonal matrix for each run of channels."""
+
+    matrix: Tensor
+
+    def turn(self, rows: Tensor) -> Tensor:
+        return self._times(rows, self.matrix)
+
+    def turn_back(self, rows: Tensor) -> Tensor:
+        return self._times(rows, self.matrix.T)
+
+    def _times(self, rows: Tensor, matrix: Tensor) -> Tensor:
+        matrix = matrix.to(rows.device, rows.dtype)
+        return (rows.unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2)
+
+
 @lru_cache(maxsize=4)
-def _orthogonal(folder: TensorFolder, rotation: Rotation, record: tuple[str, int]) -> Tensor:
+def _orthogonal(folder: TensorFolder, rotation: Rotation, record: tuple[str, int]) -> Basis:
     """The matrix in float32; the last few are kept, which most layers of a model share."""
+    name, width = record
+    if not name and not rotation.permuted:  # symmetric, and its own inverse
+        return Hadamard.plain(width)
     turn = _matrix(folder, rotation, record)
     if not torch.allclose(turn @ turn.T, torch.eye(len(turn), dtype=turn.dtype), atol=_NEAR):
         raise BadFile(
             f"the rotation {record[0] or rotation.group!r} is not orthogonal", where=str(folder.path)
         )
-    return turn.to(torch.float32)
+    return _Blocks(turn.to(torch.float32))
 
 
 def _record(folder: TensorFolder, rotation: Rotation, module: str, size: int, where: str) -> tuple[str, int]:

@@ -27,6 +27,7 @@ TITLES = {
     "block": "quantizing",
     "original": "running the original",
     "tune": "tuning",
+    "rotate": "learning rotations",
     "activations": "summing activations",
     "gradients": "summing gradients",
     "damage": "damage by type",

@@ -18,16 +18,23 @@ from bitmill.checkpoint.packed_folder import (
     PackedFolder,
     checked_inputs,
     from_quantized,
+    known_cache,
     one_number,
-    stored_cache,
 )
-from bitmill.checkpoint.rotations import Rotation, basis_of_inputs, folded, is_matrix, rotations
+from bitmill.checkpoint.rotations import (
+    Rotation,
+    basis_of_inputs,
+    basis_of_keys,
+    folded,
+    is_matrix,
+    rotations,
+)
 from bitmill.checkpoint.safetensors import DENSE, TensorFolder
 from bitmill.core.axes import Grid
 from bitmill.core.errors import BadFile, Refused
-from bitmill.core.inputs import CACHES, InputGrid, find_inputs
+from bitmill.core.inputs import InputGrid, find_inputs, is_cache
 from bitmill.core.types import Inputs, Quantized
-from bitmill.families.base import describe, traits
+from bitmill.families.base import attentions, describe, head_dim, traits
 from bitmill.grids.integer import Integer
 from bitmill.grids.minifloat import Minifloat
 from bitmill.numerics.bits import packed_words, unpack
@@ -69,13 +76,7 @@ def open_folder(path: Path) -> PackedFolder:
     if asked:
         _fold(folder, config, asked, packed, inputs, matrices)
     aside = {name for name in folder.records if _ASIDE.search(name)}
-    cache = _cache(folder, config)
-    if cache and any(rotation.location == "q_attn" for rotation in asked):
-        raise Refused(
-            "keys are rotated before they are rounded for the cache, which is not simulated here",
-            where=f"{path}: kv_cache_scheme",
-            fix="give the original model; without that key in config.json the weights can be read",
-        )
+    cache = _cache(folder, config, asked, [*folder.records, *packed])
     return PackedFolder(folder, config, packed, aside, inputs, matrices, cache)
 
 
@@ -208,7 +209,9 @@ def _inputs(folder: TensorFolder, module: str, about: Mapping[str, Any], columns
     return checked_inputs(grid, fixed, where)
 
 
-def _cache(folder: TensorFolder, config: Mapping[str, Any]) -> dict[str, Inputs]:
+def _cache(
+    folder: TensorFolder, config: Mapping[str, Any], asked: Sequence[Rotation], names: Sequence[str]
+) -> dict[str, Inputs]:
     """How keys and values are rounded on their way into the cache; scales that the settings do not speak of
     are left.
 
@@ -221,17 +224,17 @@ def _cache(folder: TensorFolder, config: Mapping[str, Any]) -> dict[str, Inputs]
         return {}
     if not isinstance(about, dict):
         raise BadFile(f"a cache described as {about!r} means nothing", where=where)
-    grid = _input_grid(about)
-    if grid is None or str(grid) not in CACHES:
+    grid, head = _input_grid(about), head_dim(config)
+    if grid is None or not is_cache(grid) or grid.extent == "token" or (grid.group and head % grid.group):
         raise Refused(
             f"keys and values rounded as {about} cannot be simulated here",
             where=where,
             fix="give the original model; without that key in config.json the weights can be read",
         )
-    found = stored_cache(folder, grid, traits(config)["kv_heads"])
-    if not found:
-        raise BadFile("keys and values are rounded, and no k_scale is in the file", where=where)
-    return found
+    if grid.group == head:
+        grid = replace(grid, extent="token", group=0)
+    basis = basis_of_keys(folder, head, asked)
+    return known_cache(folder, grid, traits(config)["kv_heads"], attentions(config, names), basis)
 
 
 def _input_grid(about: Mapping[str, Any]) -> InputGrid | None:

@@ -7,8 +7,9 @@ stands in the safetensors metadata; it reads back bit for bit, and any container
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, final
 
@@ -23,8 +24,8 @@ from bitmill.checkpoint.packed_folder import (
     check_parts,
     checked_inputs,
     from_quantized,
+    known_cache,
     quantization_config,
-    stored_cache,
 )
 from bitmill.checkpoint.safetensors import TensorFolder
 from bitmill.checkpoint.safetensors_write import (
@@ -36,12 +37,13 @@ from bitmill.checkpoint.safetensors_write import (
     model_config,
     to_bytes,
 )
-from bitmill.core.axes import Checkpoint, Grid, InputContainer
+from bitmill.core.axes import Checkpoint, Grid
 from bitmill.core.errors import BadFile, BadRecipe
-from bitmill.core.inputs import CACHES, InputGrid, parse_cache, parse_inputs
+from bitmill.core.inputs import InputGrid, parse_cache, parse_inputs
+from bitmill.core.online import OnlineContainer
 from bitmill.core.registry import parse_grid
 from bitmill.core.types import FileImage, Inputs, Quantized, Row
-from bitmill.families.base import traits
+from bitmill.families.base import attentions, head_dim, traits
 from bitmill.grids.biased import Biased
 from bitmill.grids.dense import Dense
 from bitmill.grids.ggml_floats import GgmlFloat
@@ -52,10 +54,13 @@ from bitmill.grids.lattice import Lattice
 from bitmill.grids.llm_int8 import LlmInt8
 from bitmill.grids.minifloat import Minifloat
 from bitmill.grids.nonlinear import Nonlinear
+from bitmill.grids.qoq import Qoq, fits_int8
 from bitmill.grids.spqr import Spqr
 from bitmill.grids.table import Table
+from bitmill.numerics import hadamard
 from bitmill.numerics.bits import pack, packed_words, unpack
 from bitmill.numerics.floats import ELEMENTS
+from bitmill.numerics.linear_maps import Hadamard
 from bitmill.numerics.outliers import filled, rows_of, sparse
 from bitmill.numerics.tiles import PARTS, SIDE, TOP
 
@@ -63,8 +68,8 @@ METHOD = "bitmill"
 VERSION = 1
 
 _WEIGHTS = "bitmill.weights"
-"""Key of the map from a weight's name to its grid and dimensions, and the grid of its inputs if that is told.
-"""
+"""Key of the map from a weight's name to its grid and dimensions, the grid of its inputs if that is told, and
+the order of the Hadamard matrix that its inputs are multiplied by if they are."""
 
 _LARGEST = 1 << 31
 _TORCH = {
@@ -109,7 +114,7 @@ class _Layout:
 
 @final
 @dataclass(frozen=True)
-class Bitmill(InputContainer):
+class Bitmill(OnlineContainer):
     """A Hugging Face folder that holds grids exactly; those of llama.cpp's codebooks only GGUF holds."""
 
     single_file: ClassVar[bool] = False
@@ -128,9 +133,11 @@ class Bitmill(InputContainer):
         weights = parse_object(folder.metadata.get(_WEIGHTS, "{}").encode(), str(path), "the map of weights")
         rows = {name: _row(name, entry, str(path)) for name, entry in weights.items()}
         packed = {name: _packed(folder, row) for name, row in rows.items()}
-        inputs = {name: _inputs(folder, name, row.inputs) for name, row in rows.items() if row.inputs}
+        inputs = {
+            name: _inputs(folder, name, row.inputs, row.turn) for name, row in rows.items() if row.inputs
+        }
         config = read_config(path)
-        cache = _cache(folder, config)
+        cache = _cache(folder, config, [*folder.records, *packed])
         aside = {name for name in folder.records if cache_name(name) in cache}
         return PackedFolder(folder, config, packed, aside, inputs, cache=cache)
 
@@ -147,6 +154,9 @@ class Bitmill(InputContainer):
         return "it tells of the inputs of quantized weights only" if isinstance(grid, Dense) else None
 
     def refuses_cache(self, grid: InputGrid) -> str | None:
+        return None
+
+    def refuses_rotation(self, space: str, order: int) -> str | None:
         return None
 
     def implied_inputs(self, rows: Sequence[Row]) -> Mapping[str, InputGrid]:
@@ -166,9 +176,9 @@ class Bitmill(InputContainer):
     ) -> tuple[FileImage, ...]:
         tensors = {name: planned for row in rows for name, planned in _planned(row).items()}
         weights = {
-            row.name: [str(row.grid), *row.shape, *([str(row.inputs)] if row.inputs else [])]
+            row.name: _entry(row)
             for row in rows
-            if not isinstance(row.grid, Dense)
+            if row.cache is None and (row.turn or not isinstance(row.grid, Dense))
         }
         config = model_config(source, rows)
         config["quantization_config"] = {
@@ -176,8 +186,9 @@ class Bitmill(InputContainer):
             "version": VERSION,
             "grids": sorted({str(grid) for grid, *_ in weights.values()}),
         }
-        caches = [str(row.cache) for row in rows if row.cache is not None]
-        config["quantization_config"] |= {"cache": caches[0]} if caches else {}
+        caches = [(str(row.cache), row.turn) for row in rows if row.cache is not None]
+        if caches:
+            config["quantization_config"] |= {"cache": caches[0][0], "keys": max(turn for _, turn in caches)}
         metadata = {_WEIGHTS: json.dumps(weights), **{f"bitmill.{k}": v for k, v in notes.items()}}
         return folder_images(source, tensors, config, metadata)
 
@@ -197,7 +208,16 @@ class Bitmill(InputContainer):
         return parts
 
 
+def _entry(row: Row) -> list[str | int]:
+    """What the map says of a weight."""
+    inputs = "" if row.inputs is None else str(row.inputs)
+    more = [inputs, row.turn] if row.turn else [inputs] if inputs else []
+    return [str(row.grid), *row.shape, *more]
+
+
 def _planned(row: Row) -> dict[str, Planned]:
+    if row.cache is not None and not row.cache.static:
+        return {}
     if isinstance(row.grid, Dense):
         return {row.name: (DENSE_DTYPES[str(row.grid)], row.shape)}
     layout = _layout(row.grid, (row.shape[0], row.shape[1]))
@@ -231,6 +251,9 @@ def _layout(grid: Grid, shape: tuple[int, int]) -> _Layout | None:
         scale = "F16" if grid.scale == "auto" else DENSE_DTYPES[grid.scale]
         each: Planned = (scale, (out, columns // grid.group))
         return _Layout(shape, grid.bits, {"scale": each, "bias": each})
+    if isinstance(grid, Qoq):
+        steps: Planned = ("U8", (out, columns // grid.group))
+        return _Layout(shape, 4, {"scale": ("F16", (out, 1)), "step": steps, "zero": steps})
     if isinstance(grid, GgmlFloat):
         return _Layout(shape, 4, _ggml_float_params(str(grid), shape))
     if isinstance(grid, Minifloat):
@@ -330,9 +353,10 @@ def _dense_params(params: dict[str, Tensor], shape: tuple[int, int], where: str)
 
 def _row(name: str, entry: object, where: str) -> Row:
     """What the map says about the weight ``name``, once it can be."""
-    if not isinstance(entry, list) or len(entry) not in (3, 4) or not isinstance(entry[0], str):
+    if not isinstance(entry, list) or len(entry) not in (3, 4, 5) or not isinstance(entry[0], str):
         raise BadFile(f"the entry of {name!r} is not a grid and two sizes", where=where)
-    text, sizes, inputs = entry[0], entry[1:3], entry[3] if len(entry) == 4 else None
+    text, sizes, inputs = entry[0], entry[1:3], (entry[3] or None) if len(entry) > 3 else None
+    turn = entry[4] if len(entry) == 5 else 0
     if not all(type(size) is int and 0 < size < _LARGEST for size in sizes):
         raise BadFile(f"{name!r} has the impossible shape {sizes}", where=where)
     try:
@@ -341,35 +365,77 @@ def _row(name: str, entry: object, where: str) -> Row:
     except BadRecipe as error:
         raise BadFile(f"the grid {text!r} of {name!r} is not known", where=where) from error
     shape = (sizes[0], sizes[1])
-    if isinstance(grid, Dense) or grid.refuses(shape) or (rounded is not None and rounded.refuses(sizes[1])):
+    _check_turn(turn, sizes[1], f"{name} in {where}")
+    if (
+        (isinstance(grid, Dense) and not turn)
+        or grid.refuses(shape)
+        or (rounded is not None and rounded.refuses(sizes[1]))
+    ):
         raise BadFile(f"{text} cannot hold {name!r} of shape {sizes}", where=where)
-    return Row(name, "", None, shape, grid, True, "", None, rounded)
+    return Row(name, "", None, shape, grid, True, "", None, rounded, turn=turn)
+
+
+def _check_turn(turn: object, width: int, where: str) -> None:
+    """Whether ``turn`` is the order of a matrix for runs of ``width`` channels, or 0.
+
+    Raises:
+        BadFile: it is not.
+    """
+    fits = type(turn) is int and 0 <= turn <= width and (turn == 0 or width % turn == 0)
+    if not fits or (turn and hadamard.factors(int(str(turn))) is None):
+        raise BadFile(f"{turn!r} is the order of no rotation of {width} channels", where=where)
 
 
 def _packed(folder: TensorFolder, row: Row) -> Packed:
     """A weight, once every part's type and dimensions are certain."""
     shape = (row.shape[0], row.shape[1])
+    if isinstance(row.grid, Dense):
+        check_parts(folder, _planned(row))
+        return Packed(shape, (row.name,), lambda: _unturned(folder.read(row.name), row.turn), _nothing)
     layout = _layout(row.grid, shape)
     if layout is None:
         raise BadFile(f"the layout of {row.grid} is not known", where=f"{row.name} in {folder.path}")
     parts = _planned(row)
     check_parts(folder, parts)
-    return from_quantized(shape, tuple(parts), lambda: _unpacked(folder, row.name, row.grid, shape, layout))
+
+    def stored() -> Quantized:
+        return _unpacked(folder, row.name, row.grid, shape, layout)
+
+    if row.turn:
+        return Packed(shape, tuple(parts), lambda: _unturned(stored().dense(), row.turn), _nothing)
+    return from_quantized(shape, tuple(parts), stored)
 
 
-def _cache(folder: TensorFolder, config: Mapping[str, Any]) -> dict[str, Inputs]:
+def _unturned(stored: Tensor, turn: int) -> Tensor:
+    """The weight for inputs that are not rotated, of one that is stored for rotated ones."""
+    return Hadamard.plain(turn).undo(stored)
+
+
+def _nothing() -> None:
+    """No grid has values that were rotated after they were quantized."""
+
+
+def _cache(folder: TensorFolder, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Inputs]:
     """How keys and values are rounded, if the settings say that they are."""
-    text = config["quantization_config"].get("cache")
+    text, turn = (config["quantization_config"].get(key) for key in ("cache", "keys"))
     if text is None:
         return {}
-    if text not in CACHES:
-        raise BadFile(f"no cache is stored on {text!r}", where=str(folder.path))
-    return stored_cache(folder, parse_cache(text), traits(config)["kv_heads"])
+    head, where = head_dim(config), str(folder.path)
+    _check_turn(turn or 0, head, f"keys in {where}")
+    try:
+        grid = parse_cache(str(text))
+    except BadRecipe as error:
+        raise BadFile(f"no cache is stored on {text!r}", where=where) from error
+    if grid.group and head % grid.group:
+        raise BadFile(f"heads of {head} channels have no groups of {grid.group}", where=where)
+    basis = partial(Hadamard.plain, turn) if turn else None
+    return known_cache(folder, grid, traits(config)["kv_heads"], attentions(config, names), basis)
 
 
-def _inputs(folder: TensorFolder, name: str, grid: InputGrid) -> Inputs:
+def _inputs(folder: TensorFolder, name: str, grid: InputGrid, turn: int) -> Inputs:
     fixed = {key: folder.read(f"{name}.inputs.{key}") for key in grid.fixed}
-    return checked_inputs(grid, fixed, f"{name} in {folder.path}")
+    how = checked_inputs(grid, fixed, f"{name} in {folder.path}")
+    return replace(how, basis=partial(Hadamard.plain, turn)) if turn else how
 
 
 def _unpacked(
@@ -381,8 +447,10 @@ def _unpacked(
     params: dict[str, Tensor] = {}
     for key in layout.params:
         value = folder.read(f"{name}.{key}")
-        whole = key == "zero" and not isinstance(grid, Spqr)
+        whole = key in ("zero", "step") and not isinstance(grid, Spqr)
         params[key] = value.to(torch.float32) if value.is_floating_point() or whole else value
     if isinstance(grid, Spqr):
         params = _dense_params(params, shape, f"{name} in {folder.path}")
+    if isinstance(grid, Qoq) and not fits_int8(params["step"], params["zero"]):
+        raise BadFile("its steps and zero points lead out of int8", where=f"{name} in {folder.path}")
     return Quantized(grid, codes, params, shape)

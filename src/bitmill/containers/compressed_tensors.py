@@ -11,12 +11,14 @@ NVFP4 without a word: they are for vLLM, and the plan says so.
 
 Read as well: groups in activation order (``weight_g_idx``) and rotations while the model runs
 (``transform_config``), both as dense values, since no grid has them; rotations go into the weights behind
-them, and inputs that are rounded behind one are rounded in its basis by ``measure`` and ``load``. Neither is
-written: transformers loads such a folder without its rotations, and ``hadamard`` folds its own.
+them, and inputs that are rounded behind one are rounded in its basis by ``measure`` and ``load``. Rotations
+are written for ``hadamard(r3=true, r4=true)`` and its like; vLLM runs those of linear layers, transformers
+5.23 loads such a folder without them, and the plan says so.
 
 Keys and values that go through a cache in FP8 or int8 have their scales (``k_scale``, ``v_scale``) beside the
 attention, and ``kv_cache_scheme`` says so: written by ``cache=``, read, kept by ``convert``, and what
-``measure`` and ``load`` compute with, as transformers does. vLLM runs such caches in FP8 only.
+``measure`` and ``load`` compute with, as transformers does. vLLM runs such caches in FP8 only. Caches of 2 to
+8 bits whose scales come with each token's head are written and run in the same way, by transformers alone.
 """
 
 from __future__ import annotations
@@ -40,13 +42,15 @@ from bitmill.checkpoint.safetensors_write import (
     model_config,
     to_bytes,
 )
+from bitmill.containers import _compressed_online as online
 from bitmill.containers._compressed_read import open_folder
-from bitmill.core.axes import Checkpoint, Grid, InputContainer, torch_dtype
+from bitmill.core.axes import Checkpoint, Grid, torch_dtype
 from bitmill.core.cautions import Caution, CautiousContainer
 from bitmill.core.errors import Refused
 from bitmill.core.inputs import InputGrid
+from bitmill.core.online import OnlineContainer
 from bitmill.core.types import FileImage, Quantized, Row
-from bitmill.families.base import is_expert
+from bitmill.families.base import head_dim, is_expert
 from bitmill.grids.dense import Dense
 from bitmill.grids.integer import Integer
 from bitmill.grids.minifloat import Minifloat
@@ -72,7 +76,7 @@ _FIXED = {"scale": "input_scale", "zero": "input_zero_point", "gain": "input_glo
 
 @final
 @dataclass(frozen=True)
-class CompressedTensors(InputContainer, CautiousContainer):
+class CompressedTensors(OnlineContainer, CautiousContainer):
     """A Hugging Face folder in the layouts of the compressed-tensors package, 0.19 or newer (MXFP6: 0.20)."""
 
     single_file: ClassVar[bool] = False
@@ -93,6 +97,8 @@ class CompressedTensors(InputContainer, CautiousContainer):
         return grid.refuses(shape) if reason is None else reason
 
     def refuses_inputs(self, grid: Grid, inputs: InputGrid) -> str | None:
+        if inputs.clip != 1:
+            return _CLIPPED
         if isinstance(grid, Integer):
             small = inputs.scaling != "real"
             return "whole numbers go with int8-token, fp8-e4m3-token and their like" if small else None
@@ -103,12 +109,18 @@ class CompressedTensors(InputContainer, CautiousContainer):
         return None if fits else "FP8 weights go with fp8-e4m3-token, -tensor, -tensor-static and -g128-token"
 
     def refuses_cache(self, grid: InputGrid) -> str | None:
-        return None
+        return None if grid.clip == 1 else _CLIPPED
+
+    def refuses_rotation(self, space: str, order: int) -> str | None:
+        return online.refuses(space, order)
 
     def implied_inputs(self, rows: Sequence[Row]) -> Mapping[str, InputGrid]:
         return {}
 
     def cautions(self, rows: Sequence[Row]) -> tuple[Caution, ...]:
+        return (*_of_rotations(rows), *self._of_experts(rows))
+
+    def _of_experts(self, rows: Sequence[Row]) -> tuple[Caution, ...]:
         experts = [row for row in rows if is_expert(row.name)]
         rest = "; they are for vLLM"
         fix = "int4-g128-sym, or fp8-e4m3-channel, which it loads"
@@ -146,16 +158,17 @@ class CompressedTensors(InputContainer, CautiousContainer):
         """
         config = model_config(source, rows)
         groups = _groups(rows)
-        if groups or any(row.cache for row in rows):
+        if groups or any(row.cache or row.turn for row in rows):
             _refuse_precision(groups, config["dtype"])
-            config["quantization_config"] = _settings(rows, groups)
+            config["quantization_config"] = _settings(rows, groups, head_dim(source.config))
         tensors = {name: planned for row in rows for name, planned in _planned(row).items()}
         metadata = {f"bitmill.{key}": text for key, text in notes.items()}
         return folder_images(source, tensors, config, metadata)
 
     def pack(self, row: Row, quantized: Quantized, source: Checkpoint) -> Mapping[str, bytes]:
+        turned = {name: to_bytes(online.signs(row)) for name in online.matrix(row)}
         if isinstance(row.grid, Dense):
-            return {row.name: to_bytes(quantized.codes)}
+            return {row.name: to_bytes(quantized.codes), **turned}
         module = row.name.removesuffix(_WEIGHT)
         if isinstance(row.grid, Integer):
             parts = _plain(row.grid, quantized) if _is_plain(row) else _integer(row.grid, quantized)
@@ -164,7 +177,21 @@ class CompressedTensors(InputContainer, CautiousContainer):
         for key in row.inputs.fixed if row.inputs is not None else ():
             value = quantized.inputs[key]
             parts[_FIXED[key]] = exactly(value, torch.int8) if key == "zero" else value.to(torch.float32)
-        return {f"{module}.{name}": to_bytes(value) for name, value in parts.items()}
+        return {**{f"{module}.{name}": to_bytes(value) for name, value in parts.items()}, **turned}
+
+
+_CLIPPED = "its readers take scales from the whole range: leave out -clip, or write > bitmill"
+
+
+def _of_rotations(rows: Sequence[Row]) -> tuple[Caution, ...]:
+    turned = [row for row in rows if row.turn]
+    if not turned:
+        return ()
+    text = (
+        f"transformers loads it without the {len(turned)} rotations at run time, and computes other numbers"
+    )
+    fix = "leave out r3 and r4, whose rotations are the runtime's; r1 and r2 are in the weights"
+    return (Caution(f"{text}; it is for vLLM", True, turned[0].name, fix),)
 
 
 def _fails_in_transformers(row: Row) -> bool:
@@ -193,15 +220,17 @@ def _unknown(grid: Grid) -> str | None:
 
 
 def _planned(row: Row) -> dict[str, Planned]:
+    if row.cache is not None and not row.cache.static:
+        return {}
     if isinstance(row.grid, Dense):
-        return {row.name: (DENSE_DTYPES[str(row.grid)], row.shape)}
+        return {row.name: (DENSE_DTYPES[str(row.grid)], row.shape), **online.matrix(row)}
     if not row.name.endswith(_WEIGHT):
         raise Refused(f"only weights of layers can be on {row.grid}", where=row.name, fix="keep this tensor")
     module = row.name.removesuffix(_WEIGHT)
     parts = _parts(row.grid, (row.shape[0], row.shape[1]), _is_plain(row))
     for key in row.inputs.fixed if row.inputs is not None else ():
         parts[_FIXED[key]] = ("I8" if key == "zero" else "F32", (1,))
-    return {f"{module}.{name}": planned for name, planned in parts.items()}
+    return {**{f"{module}.{name}": planned for name, planned in parts.items()}, **online.matrix(row)}
 
 
 def _is_plain(row: Row) -> bool:
@@ -311,7 +340,7 @@ def _refuse_precision(groups: Mapping[_Kind, Sequence[str]], dtype: str) -> None
             )
 
 
-def _settings(rows: Sequence[Row], groups: Mapping[_Kind, Sequence[str]]) -> dict[str, Any]:
+def _settings(rows: Sequence[Row], groups: Mapping[_Kind, Sequence[str]], head: int) -> dict[str, Any]:
     """The ``quantization_config``: one group a grid, and the layers that stay dense."""
     modules = [r.name.removesuffix(_WEIGHT) for r in rows if len(r.shape) == 2 and r.role != "embed"]
     chosen = {module for members in groups.values() for module in members}
@@ -329,7 +358,7 @@ def _settings(rows: Sequence[Row], groups: Mapping[_Kind, Sequence[str]]) -> dic
             "format": layout,
         }
     layouts = {group["format"] for group in made.values()} or {"dense"}
-    caches = [_inputs(row.cache) for row in rows if row.cache is not None]
+    caches = [_inputs(_by_head(row.cache, head)) for row in rows if row.cache is not None]
     return {
         "quant_method": METHOD,
         "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
@@ -338,7 +367,14 @@ def _settings(rows: Sequence[Row], groups: Mapping[_Kind, Sequence[str]]) -> dic
         "ignore": ignore,
         "kv_cache_scheme": caches[0] if caches else None,
         "global_compression_ratio": None,
+        **online.settings(rows, modules, _named),
     }
+
+
+def _by_head(cache: InputGrid, head: int) -> InputGrid:
+    """A scale for each token's head is one for a group of its channels: by ``token`` the package means all
+    tokens of a sequence."""
+    return replace(cache, extent="group", group=head) if cache.extent == "token" else cache
 
 
 def _named(chosen: Sequence[str], everything: Sequence[str]) -> list[str]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bitmill.core.errors import BadRecipe
 
 _TEXT = re.compile(
     r"(int[2-8]|fp8-e4m3)-(token|tensor|head|g[1-9]\d{0,5}(?:-token)?)(?:-(static))?(?:-(sym|asym))?(?:-(static))?"
+    r"(?:-clip(0\.\d{1,4}))?"
 )
 _SMALL = {
     "mxfp8": ("e4m3", 8, "mx"),
@@ -34,7 +35,10 @@ EXAMPLES = (
 """Spellings that help and documentation show."""
 
 CACHES = ("fp8-e4m3-tensor-static", "fp8-e4m3-head-static", "int8-tensor-static", "int8-head-static")
-"""Grids of keys and values: one scale for all of a layer's keys, or for those of each head."""
+"""Grids of keys and values with fixed scales: one for all of a layer's keys, or for those of each head."""
+
+CACHE_EXAMPLES = (*CACHES, "int4-token-asym", "int4-token-asym-clip0.95", "int4-g32-token-asym", "int8-token")
+"""Spellings of caches: those with fixed scales, and some whose scales come with each key and value."""
 
 _CACHE_ALSO = {
     "fp8": CACHES[0],
@@ -66,6 +70,8 @@ class InputGrid:
             one fixed gain; ``loud``, LLM.int8()'s: whole numbers up to 127, and channels that reach
             ``threshold`` anywhere in a sequence as they are.
         threshold: of ``loud``; at 0 no channel is left out.
+        clip: of whole numbers: what the range is multiplied by before scales are taken from it; what lies
+            outside takes the outermost value.
     """
 
     element: str
@@ -76,6 +82,7 @@ class InputGrid:
     static: bool = False
     scaling: str = "real"
     threshold: float = 0.0
+    clip: float = 1.0
 
     def __str__(self) -> str:
         if self.scaling == "nv":
@@ -86,7 +93,8 @@ class InputGrid:
         if self.scaling in ("mx", "ceil"):
             return f"mxfp{self.bits}{'-ceil' * (self.scaling == 'ceil')}{'-e2m3' * (self.bits == 6)}"
         extent = f"g{self.group}-token" if self.extent == "group" else self.extent
-        return f"{kind}-{extent}{'-static' * self.static}{'' if self.symmetric else '-asym'}"
+        clip = "" if self.clip == 1 else f"-clip{self.clip:g}"
+        return f"{kind}-{extent}{'-static' * self.static}{'' if self.symmetric else '-asym'}{clip}"
 
     @property
     def fixed(self) -> tuple[str, ...]:
@@ -123,15 +131,19 @@ def find_inputs(text: str) -> InputGrid | None:
     found = _TEXT.fullmatch(text)
     if found is None:
         return None
-    kind, extent, early, zero, late = found.groups()
+    kind, extent, early, zero, late, clip = found.groups()
     static, whole = bool(early or late), kind.startswith("int")
+    if clip is not None and (not whole or float(clip) == 0):
+        return None
     if (static and extent not in ("tensor", "head")) or (early and late) or (zero == "asym" and not whole):
         return None
     if extent == "head" and not (static and zero != "asym"):
         return None
     group = int(extent[1:].partition("-")[0]) if extent.startswith("g") else 0
     element, bits = ("int", int(kind[3:])) if whole else ("e4m3", 8)
-    return InputGrid(element, bits, "group" if group else extent, group, zero != "asym", static)
+    cut = 1.0 if clip is None else float(clip)
+    extent = "group" if group else extent
+    return InputGrid(element, bits, extent, group, zero != "asym", static, clip=cut)
 
 
 def parse_inputs(text: str) -> InputGrid:
@@ -161,9 +173,16 @@ def parse_cache(text: str) -> InputGrid:
         BadRecipe: it names none.
     """
     wanted = text.strip().lower()
-    wanted = _CACHE_ALSO.get(wanted, wanted)
-    if wanted not in CACHES:
-        raise BadRecipe(
-            f"no cache is stored on {text!r}", fix=f"one of {', '.join(CACHES)}; fp8 is short for the first"
-        )
-    return parse_inputs(wanted)
+    grid = find_inputs(_CACHE_ALSO.get(wanted, wanted))
+    if grid is None or not is_cache(grid):
+        known = ", ".join(CACHE_EXAMPLES)
+        raise BadRecipe(f"no cache is stored on {text!r}", fix=f"one of {known}; fp8 is short for the first")
+    return grid
+
+
+def is_cache(grid: InputGrid) -> bool:
+    """Whether keys and values can be rounded to ``grid``: with a fixed scale, or whole numbers with a scale
+    for each token's head or a run of its channels."""
+    if grid.static:
+        return str(replace(grid, clip=1.0)) in CACHES
+    return (grid.element, grid.scaling) == ("int", "real") and grid.extent in ("token", "group")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -161,6 +161,16 @@ class Problem:
     runs: tuple[tuple[str, int], ...] = ()
 
 
+class Basis(Protocol):
+    """An orthogonal matrix ``R``, or blocks of one, that rows are multiplied by."""
+
+    def turn(self, rows: Tensor) -> Tensor:
+        """``rows R``, ``… width``."""
+
+    def turn_back(self, rows: Tensor) -> Tensor:
+        """``rows Rᵀ``."""
+
+
 @dataclass(frozen=True, eq=False)
 class Inputs:
     """How the inputs of one linear are rounded.
@@ -168,13 +178,13 @@ class Inputs:
     Attributes:
         grid: what to.
         fixed: what calibration fixed of it.
-        basis: the orthogonal matrix ``T`` that a runtime multiplies each run of channels by before it rounds
-            them; the weight is that of inputs without it. None where they are rounded as they are.
+        basis: what a runtime multiplies them by before it rounds them; the weight (or the queries that keys
+            are multiplied with) are those of inputs without it. None where they are rounded as they are.
     """
 
     grid: InputGrid
     fixed: Params = field(default_factory=dict)
-    basis: Callable[[], Tensor] | None = None
+    basis: Callable[[], Basis] | None = None
 
     def __str__(self) -> str:
         return str(self.grid) if self.basis is None else f"{self.grid} in a rotated basis"
@@ -254,6 +264,8 @@ class Row:
             rounded to on their way into it.
         dtype: precision of what the plan keeps, for a layout that names the type it is decoded to; empty
             where no plan says.
+        turn: order of the Hadamard matrix that a runtime multiplies runs of this linear's input channels by
+            (of a cache's row: channels of the keys), and so does what is stored; 0 for none.
     """
 
     name: str
@@ -267,3 +279,4 @@ class Row:
     inputs: InputGrid | None = None
     cache: InputGrid | None = None
     dtype: str = ""
+    turn: int = 0

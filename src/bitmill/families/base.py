@@ -9,7 +9,7 @@ calibrated, nothing is folded, and the plan says so.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -146,6 +146,17 @@ def attention_seams(attn_norm: str) -> tuple[Seam, ...]:
     )
 
 
+def expert_seams(attn_norm: str, mlp_norm: str) -> tuple[Seam, ...]:
+    """Seams of a pre-norm block whose gated MLPs are experts behind a router: nothing is folded between norm
+    and experts, and a rotation of the stream goes through."""
+    readers = ("q", "k", "v", "gate", "up", "router", "head")
+    return (
+        *attention_seams(attn_norm),
+        Seam("mlp_in", (mlp_norm,), ("gate", "up", "router"), frozenset()),
+        Seam("residual", ("embed", "o", "down"), readers, ORTHOGONAL),
+    )
+
+
 def gated_seams(attn_norm: str, mlp_norm: str, *, residual: bool) -> tuple[Seam, ...]:
     """Seams of a pre-norm block with grouped-query attention and a gated MLP."""
     inside = (
@@ -182,6 +193,13 @@ def describe(config: Mapping[str, Any]) -> Family:
         if model_type in family.model_types:
             return family
     return Family(name="generic", model_types=(str(model_type),), gguf_arch=None, names={})
+
+
+def attentions(config: Mapping[str, Any], names: Iterable[str]) -> tuple[str, ...]:
+    """Paths of the modules that make keys and values, among the tensors ``names``."""
+    family = describe(config)
+    made = (name for name in names if name.endswith(".weight") and family.role(name)[0] == "v")
+    return tuple(dict.fromkeys(name.removesuffix(".weight").rpartition(".")[0] for name in made))
 
 
 def head_dim(config: Mapping[str, Any]) -> int:

@@ -1,6 +1,6 @@
 """Mixtral: Llama's attention, and a router that sends each token to some of a block's experts."""
 
-from bitmill.families.base import ATTENTION_NAMES, Family, attention_seams
+from bitmill.families.base import ATTENTION_NAMES, Family, expert_seams
 
 _EXPERT = "block_sparse_moe.experts.{}."
 
@@ -17,7 +17,7 @@ FAMILY = Family(
         "input_layernorm": "attn_in_norm",
         "post_attention_layernorm": "mlp_in_norm",
     },
-    seams=attention_seams("attn_in_norm"),
+    seams=expert_seams("attn_in_norm", "mlp_in_norm"),
     permuted_rope=True,
     joined={
         "mlp.gate.weight": ("block_sparse_moe.gate",),

@@ -1,7 +1,7 @@
 """Phi 3 and 4: as Llama with q, k and v in one matrix, gate and up in another.
 
 A fused matrix has the role by which llama.cpp's mixtures choose its type. Where it reads, it is folded whole;
-its output is several spaces in one, and no seam.
+its output is several spaces in one, and no seam, but for its last rows: those of the values.
 """
 
 from bitmill.core.axes import Seam
@@ -21,6 +21,7 @@ FAMILY = Family(
     },
     seams=(
         Seam("attn_in", ("attn_in_norm",), ("v",), DIAGONAL),
+        Seam("value", ("v",), ("o",), ORTHOGONAL, per_head=True),
         Seam("mlp_in", ("mlp_in_norm",), ("up",), DIAGONAL),
         Seam("residual", ("embed", "o", "down"), ("v", "up", "head"), ORTHOGONAL),
     ),

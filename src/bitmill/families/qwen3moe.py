@@ -1,6 +1,6 @@
 """Qwen 3 with experts: Qwen 3's attention, and a router that sends each token to some of them."""
 
-from bitmill.families.base import ATTENTION_NAMES, Family, attention_seams
+from bitmill.families.base import ATTENTION_NAMES, Family, expert_seams
 
 _EXPERT = "mlp.experts.{}."
 
@@ -19,7 +19,7 @@ FAMILY = Family(
         "self_attn.q_norm": "q_norm",
         "self_attn.k_norm": "k_norm",
     },
-    seams=attention_seams("attn_in_norm"),
+    seams=expert_seams("attn_in_norm", "mlp_in_norm"),
     joined={
         "mlp.experts.gate_up_proj": (f"{_EXPERT}gate_proj", f"{_EXPERT}up_proj"),
         "mlp.experts.down_proj": (f"{_EXPERT}down_proj",),

@@ -1,5 +1,7 @@
 """Rounding of keys and values on their way into a cache, as the compressed-tensors package does it: keys
-after their rotation by position, both before they are stored: attention sees what a cache gives back."""
+after their rotation by position, both before they are stored: attention sees what a cache gives back. Keys
+that are rotated once more before that meet queries that are, too: the products are those of keys rounded in
+that basis."""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from bitmill.core.errors import Refused
 from bitmill.core.types import Inputs
-from bitmill.numerics.inputs import rounded
+from bitmill.numerics.inputs import seen
 
 Change = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Keys and values ``n heads tokens channels`` as an attention makes them, to those that it is to see."""
@@ -72,6 +74,6 @@ def check_cache(model: nn.Module, cache: Mapping[str, Inputs], where: str) -> No
 def _rounded(parts: Mapping[str, Inputs], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     k, v = parts.get(KEYS), parts.get(VALUES)
     return (
-        keys if k is None else rounded(k.grid, keys, k.fixed),
-        values if v is None else rounded(v.grid, values, v.fixed),
+        keys if k is None else seen(k, keys),
+        values if v is None else seen(v, values),
     )

@@ -92,9 +92,14 @@ def factors(order: int) -> tuple[int, ...] | None:
     return min(known, key=lambda parts: sum(parts) + _PASS * len(parts), default=None)
 
 
-def largest_factor(width: int) -> int:
-    """The largest order that divides ``width`` and can be built: the block of a block-diagonal transform."""
-    return next(n for n in range(width, 0, -1) if width % n == 0 and factors(n) is not None)
+def largest_factor(width: int, limit: int = 0) -> int:
+    """The largest order that divides ``width`` and can be built: the block of a block-diagonal transform.
+
+    Args:
+        limit: of the order; 0 for none.
+    """
+    largest = min(width, limit) if limit else width
+    return next(n for n in range(largest, 0, -1) if width % n == 0 and factors(n) is not None)
 
 
 def matrix(order: int) -> Tensor:

@@ -68,9 +68,8 @@ def seen(how: Inputs, x: Tensor) -> Tensor:
     """:func:`rounded` as ``how`` says, in the basis that it says, and back."""
     if how.basis is None:
         return rounded(how.grid, x, how.fixed)
-    turn = how.basis().to(x.device, x.dtype)
-    there = (x.unflatten(-1, (-1, len(turn))) @ turn).flatten(-2)
-    return (rounded(how.grid, there, how.fixed).unflatten(-1, (-1, len(turn))) @ turn.T).flatten(-2)
+    basis = how.basis()
+    return basis.turn_back(rounded(how.grid, basis.turn(x), how.fixed))
 
 
 def input_hook(
@@ -152,7 +151,7 @@ def _params(grid: InputGrid, x: Tensor, fixed: Params) -> tuple[Tensor, Tensor |
 
 def _range(grid: InputGrid, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and zero point of values between ``low`` and ``high``; 0 is always one of the grid's values."""
-    low, high = low.clamp(max=0), high.clamp(min=0)
+    low, high = low.clamp(max=0) * grid.clip, high.clamp(min=0) * grid.clip
     if grid.element != "int":
         scale = torch.maximum(-low, high) / ELEMENTS[grid.element].largest
         return torch.where(scale == 0, _NO_SCALE, scale), torch.zeros_like(scale)

@@ -202,6 +202,11 @@ class Hadamard(_Rotation):
     signs: Tensor
     order: int
 
+    @classmethod
+    def plain(cls, order: int) -> Hadamard:
+        """Without signs: what a runtime applies."""
+        return cls(torch.ones(order), order)
+
     def __post_init__(self) -> None:
         if self.signs.dim() != 1 or not bool((self.signs.abs() == 1).all()):
             raise ValueError("signs are a vector of ±1")
