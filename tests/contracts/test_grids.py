@@ -31,6 +31,7 @@ PUBLISHED_BPW = {
     "int4-g128-sym": 4.125,
     "int4-g64-asym": 4.3125,
     "int4-g64-fz": 4.5,
+    "int4-g128-qoq": 4.125 + 16 / IN,
     "int3-r16-fz": 5.0,
     "int8-channel-sym-sf32": 8.0625,
     "llm-int8": 8.0625,
