@@ -115,12 +115,16 @@ CONTAINERS = ["bitmill", "compressed-tensors"]
 def test_what_is_left_for_the_runtime_is_computed(container: str, middle: int, tmp_path: Path) -> None:
     """Inputs of down, and keys, rounded in a rotated basis: stream, model and a plain restatement agree."""
     folder = make_model(tmp_path / "model", num_hidden_layers=2, intermediate_size=middle)
-    line = f"{BOTH} + gptq : int4-g32-asym, input=int4-token-asym, cache=int4-token-asym > "
+    keys = container == "bitmill"
+    line = f"{BOTH if keys else 'hadamard(r4=true)'} + gptq : int4-g32-asym, input=int4-token-asym, "
+    line += "cache=int4-token-asym > "
     mill.quantize(str(folder), line + container, tmp_path / "out", calib=tokens(4, 32), nsamples=4, seqlen=32)
     made, ids = open_path(tmp_path / "out"), tokens(2, 24, seed=5)
     inputs, cache = inputs_of(made), cache_of(made)
     assert {n for n, how in inputs.items() if how.basis} == {n for n in inputs if "down_proj" in n}
-    assert {n for n, how in cache.items() if how.basis} == {n for n in cache if n.endswith("k_scale")}
+    assert {n for n, how in cache.items() if how.basis} == {
+        n for n in cache if n.endswith("k_scale") and keys
+    }
     assert len(cache) == 4 and not any("_scale" in n for n in made.tensors)
     found = logits(made, ids)
     with torch.no_grad():
@@ -148,7 +152,9 @@ def by_hand(made: Checkpoint, ids: torch.Tensor) -> torch.Tensor:
             linear.register_forward_pre_hook(hook)
         grid = next(iter(cache_of(made).values())).grid
 
-        def change(k: torch.Tensor, v: torch.Tensor, h: torch.Tensor = turns[32], grid: Any = grid) -> Any:
+        basis = turns[32] if any(how.basis for how in cache_of(made).values()) else torch.eye(32)
+
+        def change(k: torch.Tensor, v: torch.Tensor, h: torch.Tensor = basis, grid: Any = grid) -> Any:
             return rounded(grid, k @ h, {}) @ h.T, rounded(grid, v, {})
 
         block.watch_cache("self_attn", change)
@@ -221,11 +227,13 @@ def test_measure_runs_it_and_says_so(model: Path, tmp_path: Path) -> None:
 
 
 def test_the_plan_says_all_of_it(model: Path, tmp_path: Path) -> None:
-    line = f"{BOTH} + nearest : int4-g32-sym, cache=int4-token-asym > compressed-tensors"
+    line = f"{BOTH} + nearest : int4-g32-sym, cache=int4-token-asym > bitmill"
     source = open_source(str(model))
+    said = " ".join(plan(parse(line), source, strict=True).remarks)
+    assert "order 256" in said and "(R4)" in said and "order 32" in said and "(R3)" in said
+    line = "hadamard(r4=true) + nearest : int4-g32-sym, cache=int4-token-asym > compressed-tensors"
     made = plan(parse(line), source)
     said = " ".join(made.remarks)
-    assert "order 256" in said and "(R4)" in said and "order 32" in said and "(R3)" in said
     assert "transformers loads it without" in said and "their scales come with them" in said
     with pytest.raises(Refused, match="--strict: transformers"):
         plan(parse(line), source, strict=True)
@@ -233,9 +241,9 @@ def test_the_plan_says_all_of_it(model: Path, tmp_path: Path) -> None:
     mill.quantize(source, line, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     groups = config["transform_config"]["config_groups"]
-    assert [(g["type"], g["head_dim"]) for g in groups.values()] == [("hadamard", 256), ("hadamard", 32)]
+    assert [(g["type"], g["head_dim"]) for g in groups.values()] == [("hadamard", 256)]
     places = [[(a["location"], a["inverse"]) for a in g["apply"]] for g in groups.values()]
-    assert places == [[("input", False), ("weight_input", True)], [("q_attn", False), ("k_cache", False)]]
+    assert places == [[("input", False), ("weight_input", True)]]
     assert config["kv_cache_scheme"]["strategy"] == "group" and config["kv_cache_scheme"]["group_size"] == 32
 
 
@@ -243,6 +251,7 @@ REFUSED = [
     ("hadamard(r4=true) + nearest : q8_0 > gguf", "gguf files do not say"),
     ("hadamard(r4=true) + nearest : int4-g32-sym > gptq", "gptq files do not say"),
     ("hadamard(r3=true) + nearest : int4-g32-sym > bitmill", "r3 is for a rounded cache"),
+    ("hadamard(r3=true) + nearest : int4-g32-sym, cache=fp8 > compressed-tensors", "rounds rotated queries"),
     ("hadamard(r4=true) + nearest : int4-g32-sym, keep=down > bitmill", "no weight of down"),
     ("hadamard(r4=true) + tune(steps=1) : int4-g32-sym > bitmill", "learns with weights as a file has them"),
     ("smoothquant(inner=true) + hadamard(r4=true) + nearest : int8-channel-sym > bitmill", "r4 mixes them"),

@@ -41,7 +41,7 @@ CASES = [
     ("phi3", "float32", "int4-g64-sym, cache=fp8"),
     ("llama", "float32", "int4-g64-sym, cache=int4-token-asym"),
     ("qwen3", "float32", "int8-channel-sym, input=int8-token, cache=int3-g16-token-asym"),
-    ("gemma3", "float32", "int4-g64-sym, cache=int8-token"),
+    ("gemma3", "float32", "int4-g64-sym, cache=int4-token"),
 ]
 
 

@@ -147,17 +147,21 @@ WRITTEN = [
     ("llama", 256, "hadamard(r4=true)", "int8-channel-sym, input=int8-token-asym"),
     ("llama", 192, "hadamard(r4=true)", "int8-channel-sym, input=int8-token-asym"),
     ("llama", 192, "hadamard(r4=true, block=64)", "int4-g32-sym"),
-    ("llama", 256, "hadamard(r3=true)", "int4-g32-sym, cache=int4-token-asym"),
-    (
-        "llama",
-        256,
-        "hadamard(r3=true, r4=true)",
-        "int4-g32-sym, input=int4-token-asym, cache=int4-token-asym",
-    ),
-    ("qwen3", 256, "hadamard(r3=true, r4=true)", "int4-g32-sym, input=int4-token-asym, cache=fp8-head"),
-    ("gemma3", 192, "hadamard(r3=true, r4=true)", "int4-g32-sym, cache=int8-token"),
-    ("phi3", 256, "hadamard(r3=true, r4=true)", "f32, cache=int4-g16-token-asym"),
+    ("qwen3", 256, "hadamard(r4=true)", "int4-g32-sym, input=int4-token-asym, cache=int4-token-asym"),
+    ("gemma3", 192, "hadamard(r4=true)", "int4-g32-sym, cache=int8-token"),
+    ("phi3", 256, "hadamard(r4=true)", "f32, cache=int4-g16-token-asym"),
 ]
+
+
+def test_rotated_queries_are_rounded_with_the_cache_there(tmp_path: Path) -> None:
+    """Why R3 is not written here: the package then wants a scale for queries, which no cache has."""
+    source, out = make_model(tmp_path / "model", num_hidden_layers=1), tmp_path / "out"
+    line = "nearest : int4-g32-sym, cache=fp8 > compressed-tensors"
+    mill.quantize(str(source), line, out, calib=tokens(4, 32), nsamples=4, seqlen=32)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    apply_transform_config(model, TransformConfig(config_groups={"a": TransformScheme(**SCHEMES["R3"]["a"])}))
+    with torch.no_grad(), pytest.raises(AttributeError, match="q_scale"):
+        model(tokens(2, 12))
 
 
 @pytest.mark.parametrize(("family", "middle", "rotations", "grids"), WRITTEN)

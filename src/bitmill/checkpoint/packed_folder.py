@@ -241,7 +241,7 @@ def known_cache(
     grid: InputGrid,
     heads: int,
     attentions: Collection[str],
-    basis: Callable[[], Basis] | None,
+    basis: Callable[[], Basis] | None = None,
 ) -> dict[str, Inputs]:
     """How keys and values are rounded, by the name of their scale, stored or not.
 

@@ -183,23 +183,6 @@ def basis_of_inputs(
     return partial(_orthogonal, folder, rotation, _record(folder, rotation, module, columns, where))
 
 
-def basis_of_keys(folder: TensorFolder, head: int, asked: Sequence[Rotation]) -> Callable[[], Basis] | None:
-    """What keys, and the queries they meet, are multiplied by before keys are rounded for the cache; None
-    where nothing is.
-
-    Raises:
-        Refused: two rotations.
-        BadFile: the matrix is missing or does not fit; when it is read, it is not orthogonal.
-    """
-    mine = [rotation for rotation in asked if rotation.location == "q_attn"]
-    if len(mine) > 1:
-        raise Refused("keys are rotated twice", where=str(folder.path), fix="give the original model")
-    if not mine:
-        return None
-    record = _record(folder, mine[0], "self_attn", head, str(folder.path))
-    return partial(_orthogonal, folder, mine[0], record)
-
-
 @dataclass(frozen=True, eq=False)
 class _Blocks:
     """The same orthogonal matrix for each run of channels."""

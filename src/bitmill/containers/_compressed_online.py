@@ -1,9 +1,10 @@
 """What a compressed-tensors folder says of rotations while the model runs: ``transform_config``, and the
 matrices that its readers do not make themselves.
 
-Groups and locations are the package's: ``input`` of a linear layer whose weight is stored for such inputs
-(``weight_input``, done already), ``q_attn`` and ``k_cache`` of an attention. A matrix of an order that is no
-power of two is stored, once a model, beside the first layer that uses it, as signs.
+Groups and locations are the package's: the ``input`` of a linear layer whose weight is stored for such inputs
+(``weight_input``, done already). A matrix of an order that is no power of two is stored, once a model, beside
+the first layer that uses it, as signs. Queries and keys (``q_attn``, ``k_cache``) are not rotated: the
+package then rounds queries as it does keys, and fails where scales are fixed.
 """
 
 from __future__ import annotations
@@ -31,11 +32,9 @@ Named = Callable[[Sequence[str], Sequence[str]], list[str]]
 
 def refuses(space: str, order: int) -> str | None:
     """Why ``space`` cannot be rotated by a matrix of that order, or None."""
-    if order & (order - 1) == 0:
-        return None
     if space != DOWN:
-        return f"its readers rotate heads of {order} channels by no matrix that they know; > bitmill says it"
-    if order > WIDEST:
+        return "its package rounds rotated queries, too, and vLLM rotates none; > bitmill says it"
+    if order & (order - 1) and order > WIDEST:
         return f"a matrix of order {order} would be stored; say block=128, or write > bitmill"
     return None
 
@@ -63,19 +62,13 @@ def settings(rows: Sequence[Row], modules: Sequence[str], named: Named) -> dict[
     """
     groups: dict[str, dict[str, Any]] = {}
     linears: dict[int, list[str]] = {}
-    heads: dict[int, list[str]] = {}
     for row in rows:
         if row.turn and row.cache is None:
             linears.setdefault(row.turn, []).append(row.name.removesuffix(".weight"))
-        elif row.turn:
-            heads.setdefault(row.turn, []).append(row.name.rpartition(".")[0])
     for order, chosen in linears.items():
         targets = named(chosen, modules)
         places = [_place("input", targets), _place("weight_input", targets, inverse=True)]
         groups[_down(order)] = _group(order, places)
-    for order, chosen in heads.items():
-        targets = named(chosen, [*modules, *chosen])
-        groups["R3"] = _group(order, [_place("q_attn", targets), _place("k_cache", targets)])
     return {"transform_config": {"config_groups": groups}} if groups else {}
 
 

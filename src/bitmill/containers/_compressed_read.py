@@ -21,14 +21,7 @@ from bitmill.checkpoint.packed_folder import (
     known_cache,
     one_number,
 )
-from bitmill.checkpoint.rotations import (
-    Rotation,
-    basis_of_inputs,
-    basis_of_keys,
-    folded,
-    is_matrix,
-    rotations,
-)
+from bitmill.checkpoint.rotations import Rotation, basis_of_inputs, folded, is_matrix, rotations
 from bitmill.checkpoint.safetensors import DENSE, TensorFolder
 from bitmill.core.axes import Grid
 from bitmill.core.errors import BadFile, Refused
@@ -76,7 +69,13 @@ def open_folder(path: Path) -> PackedFolder:
     if asked:
         _fold(folder, config, asked, packed, inputs, matrices)
     aside = {name for name in folder.records if _ASIDE.search(name)}
-    cache = _cache(folder, config, asked, [*folder.records, *packed])
+    cache = _cache(folder, config, [*folder.records, *packed])
+    if cache and any(rotation.location == "q_attn" for rotation in asked):
+        raise Refused(
+            "queries are rotated, and with a rounded cache its runtime rounds them, too: not simulated here",
+            where=f"{path}: kv_cache_scheme",
+            fix="give the original model; without that key in config.json the weights can be read",
+        )
     return PackedFolder(folder, config, packed, aside, inputs, matrices, cache)
 
 
@@ -209,9 +208,7 @@ def _inputs(folder: TensorFolder, module: str, about: Mapping[str, Any], columns
     return checked_inputs(grid, fixed, where)
 
 
-def _cache(
-    folder: TensorFolder, config: Mapping[str, Any], asked: Sequence[Rotation], names: Sequence[str]
-) -> dict[str, Inputs]:
+def _cache(folder: TensorFolder, config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Inputs]:
     """How keys and values are rounded on their way into the cache; scales that the settings do not speak of
     are left.
 
@@ -233,8 +230,7 @@ def _cache(
         )
     if grid.group == head:
         grid = replace(grid, extent="token", group=0)
-    basis = basis_of_keys(folder, head, asked)
-    return known_cache(folder, grid, traits(config)["kv_heads"], attentions(config, names), basis)
+    return known_cache(folder, grid, traits(config)["kv_heads"], attentions(config, names))
 
 
 def _input_grid(about: Mapping[str, Any]) -> InputGrid | None:

@@ -12,7 +12,7 @@ NVFP4 without a word: they are for vLLM, and the plan says so.
 Read as well: groups in activation order (``weight_g_idx``) and rotations while the model runs
 (``transform_config``), both as dense values, since no grid has them; rotations go into the weights behind
 them, and inputs that are rounded behind one are rounded in its basis by ``measure`` and ``load``. Rotations
-are written for ``hadamard(r3=true, r4=true)`` and its like; vLLM runs those of linear layers, transformers
+are written for ``hadamard(r4=true)`` and its like; vLLM runs those of linear layers, transformers
 5.23 loads such a folder without them, and the plan says so.
 
 Keys and values that go through a cache in FP8 or int8 have their scales (``k_scale``, ``v_scale``) beside the

@@ -110,9 +110,10 @@ class SpinQuant(LearnedTransform):
             Unsolvable: one is no rotation any more, or the loss is no number.
         """
         start = {name: self._blocks(name, width) for name, width in task.widths.items()}
-        now, facts = dict(start), {"first": task.judge(start), "trace": [], "off": 0.0}
-        if task.step:
-            now, facts = dict(task.state), dict(task.record)
+        now: dict[str, Tensor] = dict(task.state or start)
+        facts: dict[str, Any] = dict(task.record)
+        if not task.step:
+            facts = {"first": task.judge(start), "trace": [], "off": 0.0}
         for step in range(task.step, self.steps):
             loss, gradients = task.lesson(now, self._windows(task.windows, step))
             rate = self.rate * (1 + math.cos(math.pi * step / self.steps)) / 2
