@@ -147,7 +147,7 @@ WRITTEN = [
     ("llama", 256, "hadamard(r4=true)", "int8-channel-sym, input=int8-token-asym"),
     ("llama", 192, "hadamard(r4=true)", "int8-channel-sym, input=int8-token-asym"),
     ("llama", 192, "hadamard(r4=true, block=64)", "int4-g32-sym"),
-    ("qwen3", 256, "hadamard(r4=true)", "int4-g32-sym, input=int4-token-asym, cache=int4-token-asym"),
+    ("qwen3", 256, "hadamard(r4=true)", "int4-g32-sym, input=int8-token-asym, cache=int8-token"),
     ("gemma3", 192, "hadamard(r4=true)", "int4-g32-sym, cache=int8-token"),
     ("phi3", 256, "hadamard(r4=true)", "f32, cache=int4-g16-token-asym"),
 ]
