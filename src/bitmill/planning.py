@@ -252,12 +252,8 @@ def plan(
         if needs == "nothing":
             needs = "diagonal"
             remarks += (f"{blind.grid} needs to know a weight's inputs: the run calibrates first",)
-    called = recipe.container.replace("_", "-")
-    rows = with_inputs(rows, recipe.input, container, called)
-    rows = with_cache(rows, recipe.cache, container, called, checkpoint.config)
-    rows, said = with_rotations(rows, recipe, container, checkpoint)
-    remarks += input_remarks(rows, checkpoint) + cache_remarks(rows, checkpoint) + said
-    remarks += cautions_of(container, rows, strict)
+    rows, said = _at_run_time(recipe, rows, container, checkpoint)
+    remarks += said + cautions_of(container, rows, strict)
     fixing = (grid.fixed for row in rows for grid in (row.cache, row.inputs) if grid is not None)
     if needs == "nothing" and any(fixing):
         needs = "diagonal"
@@ -278,8 +274,8 @@ def plan(
     said, learning = learning_of(recipe, rows, checkpoint, nsamples, seqlen)
     remarks += said
     tune = recipe.make_tune()
-    learns = any(isinstance(t, LearnedTransform) for t in transforms)
-    calibration = (nsamples, seqlen) if needs != "nothing" or tune is not None or learns else (0, 0)
+    looks = needs != "nothing" or tune is not None or learning[0] > 0
+    calibration = (nsamples, seqlen) if looks else (0, 0)
     fitted = any(transform.needs != "nothing" for transform in transforms)
     taken = cost(rows, checkpoint.config, solver, needs, *calibration, fitted)
     taken = (max(taken[0], learning[0]), taken[1] + learning[1])
@@ -299,6 +295,17 @@ def plan(
         *taken,
         remarks,
     )
+
+
+def _at_run_time(
+    recipe: Recipe, rows: tuple[Row, ...], container: Container, checkpoint: Checkpoint
+) -> tuple[tuple[Row, ...], tuple[str, ...]]:
+    """The rows with what a runtime is to do beside its products: round inputs and a cache, rotate."""
+    called = recipe.container.replace("_", "-")
+    rows = with_inputs(rows, recipe.input, container, called)
+    rows = with_cache(rows, recipe.cache, container, called, checkpoint.config)
+    rows, said = with_rotations(rows, recipe, container, checkpoint)
+    return rows, input_remarks(rows, checkpoint) + cache_remarks(rows, checkpoint) + said
 
 
 def placed(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Row, ...]:
