@@ -263,8 +263,7 @@ def plan(
     if recipe.container == "gguf":
         remarks += unheard(checkpoint.config, architecture_of_model(checkpoint.config))
     _refuse_rows(recipe, rows, container, solver, strict)
-    if needs != "nothing" and nsamples:
-        _refuse_experts(rows, family, solver)
+    _refuse_experts(rows, family, solver, needs != "nothing" and nsamples > 0)
     provenance = {"recipe": str(recipe), "source": checkpoint.digest, "version": version("bitmill")}
     files = container.files(rows, checkpoint, provenance)
     if out is not None and files[0].path and out.suffix == ".gguf":
@@ -274,8 +273,7 @@ def plan(
     said, learning = learning_of(recipe, rows, checkpoint, nsamples, seqlen)
     remarks += said
     tune = recipe.make_tune()
-    looks = needs != "nothing" or tune is not None or learning[0] > 0
-    calibration = (nsamples, seqlen) if looks else (0, 0)
+    calibration = (nsamples, seqlen) if needs != "nothing" or tune or learning[0] else (0, 0)
     fitted = any(transform.needs != "nothing" for transform in transforms)
     taken = cost(rows, checkpoint.config, solver, needs, *calibration, fitted)
     taken = (max(taken[0], learning[0]), taken[1] + learning[1])
@@ -464,10 +462,10 @@ def _refuse_rows(
         )
 
 
-def _refuse_experts(rows: Sequence[Row], family: Family, solver: Solver) -> None:
+def _refuse_experts(rows: Sequence[Row], family: Family, solver: Solver, seen: bool) -> None:
     """Experts that calibration cannot reach, or whose tokens would not be the same in two models."""
     expert = next((row for row in rows if row.solved and is_expert(row.name)), None)
-    if expert is None:
+    if expert is None or not seen:
         return
     if not family.has_single_experts:
         raise Refused(
