@@ -38,6 +38,13 @@ def test_an_answer_and_what_it_took(command: Command, tiny_llama: Path) -> None:
     assert weights["file_bytes"] > 0 and weights["dtype"] == "f32"
 
 
+@pytest.mark.parametrize("kv", ["turboquant-3.5", "k=q8_0,v=q4_0-rot", "kivi-4,window=8,ends=1", "f16"])
+def test_a_packed_cache_holds_what_was_predicted(command: Command, tiny_llama: Path, kv: str) -> None:
+    found = command("run", tiny_llama, "Why?", *WORDS, "--kv", kv, "--json").json
+    cache = found["memory"]["cache"]
+    assert cache["kv"] == kv and cache["bytes"] == cache["predicted_bytes"] > 0
+
+
 def test_words_come_one_by_one(command: Command, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pieces: list[str] = []
     monkeypatch.setattr("bitmill.cli.speaking.shown", lambda text: pieces.append(text) or text)

@@ -11,8 +11,9 @@ from bitmill.advise.shape_config import config_shape
 from bitmill.core.errors import BadFile, Refused
 
 
-def cache_prediction(config: Mapping[str, Any], kv: str, tokens: int) -> int | None:
-    """Bytes of the keys and values of one sequence, as transformers keeps them.
+def cache_prediction(config: Mapping[str, Any], kv: str, tokens: int, *, packed: bool = False) -> int | None:
+    """Bytes of the keys and values of one sequence, as transformers keeps them or, ``packed``, as
+    :mod:`bitmill.run.cache` does.
 
     Args:
         config: the model's ``config.json``.
@@ -22,13 +23,13 @@ def cache_prediction(config: Mapping[str, Any], kv: str, tokens: int) -> int | N
     Returns:
         None where nothing is known of such a cache, or of what the architecture keeps.
     """
-    runtime = RUNTIMES["transformers"]
+    runtime = RUNTIMES["bitmill" if packed else "transformers"]
     try:
         kinds = cache_types(kv)
         blocks = config_shape(config, runtime.latent).blocks
     except (BadFile, Refused):
         return None
     return sum(
-        runtime.cache_bytes(block, tokens, 1, kinds, False) + runtime.state_bytes(block, 1)
-        for block in blocks
+        runtime.cache_bytes(block, tokens, 1, kinds, False, (i, len(blocks))) + runtime.state_bytes(block, 1)
+        for i, block in enumerate(blocks)
     )

@@ -67,7 +67,8 @@ Kv = Annotated[
     str | None,
     typer.Option(
         "--kv", "--kv-cache-dtype", metavar="METHOD",
-        help="What keys and values are kept as. [default: what the model computes in]", show_default=False,
+        help="What keys and values are kept as: turboquant-3.5, q4_0-rot, kivi-2, k=q8_0,v=q4_0 … "
+        "(docs/caches.md). [default: what the model computes in]", show_default=False,
     ),
 ]  # fmt: skip
 Most = Annotated[

@@ -125,7 +125,9 @@ def memory(ready: Ready, speaker: Speaker, held: tuple[int, int] | None = None) 
             "kv": speaker.kv,
             "tokens": tokens,
             "bytes": bytes_,
-            "predicted_bytes": cache_prediction(opened.checkpoint.config, speaker.kv, tokens),
+            "predicted_bytes": cache_prediction(
+                opened.checkpoint.config, speaker.kv, tokens, packed=speaker.packed
+            ),
         },
         "process_peak_bytes": peak_bytes(),
     }

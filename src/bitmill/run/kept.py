@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from transformers import Cache, DynamicCache, PreTrainedConfig
 
-from bitmill.core.errors import Refused
+from bitmill.run.cache import cache_of
 
 
 def new_cache(kv: str, config: PreTrainedConfig, dtype: str) -> Cache:
-    """An empty cache.
+    """An empty cache: transformers' own where keys and values are kept in what the model computes in, else a
+    packed one.
 
     Args:
-        kv: ``f32``, ``bf16`` or ``f16``, where the model computes in it.
+        kv: that type, or what :func:`~bitmill.run.cache.cache_of` takes: ``turboquant-3.5``, ``q4_0-rot`` …
+        config: the model's own, once there is a model.
         dtype: what the model computes in.
 
     Raises:
-        Refused: there is no such cache.
+        Refused: there is no such cache, or it does not go with the model.
     """
-    if kv.strip().lower() == dtype:
-        return DynamicCache(config=config)
-    raise Refused(f"keys and values cannot be kept as {kv!r} here", fix=f"--kv {dtype}")
+    return DynamicCache(config=config) if kv.strip().lower() == dtype else cache_of(kv, config)

@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedTokenizerFast
 
 from bitmill.core.errors import Refused
+from bitmill.run.attention import attend_packed
+from bitmill.run.cache import PackedCache
 from bitmill.run.draw import Sampling, draw
 from bitmill.run.held import held_bytes
 from bitmill.run.kept import new_cache
@@ -119,7 +121,10 @@ class Speaker:
         self._ids: list[int] = []
 
     def _new(self) -> Cache:
-        return new_cache(self.kv, self.ready.opened.config, self.ready.dtype)
+        cache = new_cache(self.kv, self.ready.model.config, self.ready.dtype)
+        if isinstance(cache, PackedCache):
+            attend_packed(self.ready.model)
+        return cache
 
     def forget(self) -> None:
         """Start with an empty cache; needed after an interruption, which may leave a step half done."""
@@ -128,7 +133,12 @@ class Speaker:
     @property
     def held_bytes(self) -> int:
         """Bytes that the cache holds."""
-        return held_bytes(self._cache)
+        return self._cache.bytes_ if isinstance(self._cache, PackedCache) else held_bytes(self._cache)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the cache is packed, and not transformers' own."""
+        return isinstance(self._cache, PackedCache)
 
     @property
     def held_tokens(self) -> int:
@@ -219,7 +229,7 @@ class Speaker:
         """Whether the cache could give up its last tokens; one with windows that are full cannot."""
         try:
             self._cache.crop(-tokens)
-        except (RuntimeError, ValueError):
+        except (RuntimeError, ValueError, Refused):
             return False
         return int(self._cache.get_seq_length()) == len(self._ids) - tokens
 
