@@ -172,6 +172,6 @@ def _unable(container: Container, grid: InputGrid) -> str | None:
 
 def _row(name: str, layer: int | None, grid: InputGrid, config: Mapping[str, Any], why: str) -> Row:
     heads = max(traits(config)["kv_heads"], 1)
-    shape = (heads, 1, 1) if grid.extent == "head" else (1,)
+    shape = (heads, 1, 1) if grid.extent == "head" else (1,) if grid.static else (0,)  # nothing is stored
     row = Row(name, ROLE, layer, shape, parse_grid("f32"), False, why)
     return replace(row, cache=grid)
