@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bitmill import mill
+from bitmill.account import Report
 from bitmill.calibrate.importance import take_imatrix
 from bitmill.calibrate.moments import load_moments
 from bitmill.calibrate.stream import Stream
@@ -20,7 +21,9 @@ from bitmill.calibrate.tokens import Calibration
 from bitmill.checkpoint.gguf_model import GgufCheckpoint
 from bitmill.checkpoint.imatrix import Entry, Imatrix, write_imatrix
 from bitmill.checkpoint.safetensors import SafetensorsFolder
-from bitmill.core.errors import BadFile, Refused
+from bitmill.core.axes import Checkpoint
+from bitmill.core.errors import BadFile, BadRecipe, Refused
+from bitmill.core.experts import parse_experts
 from bitmill.core.registry import parse_grid
 from bitmill.families.base import describe
 from bitmill.grids.integer import Integer
@@ -272,3 +275,84 @@ def test_plans_say_what_loaders_do_not_take(
             plan(parse(line), source, strict=True)
     else:
         plan(parse(line), source, strict=True)
+
+
+def _seen(source: Checkpoint, line: str, ids: torch.Tensor, out: Path) -> tuple[Report, dict[str, int]]:
+    report = mill.quantize(source, line, out, calib=ids)
+    return report, {n: int(e["tokens"]) for n, e in report.tensors.items() if ".experts." in n}
+
+
+@every_family
+@pytest.mark.parametrize("solver", ["gptq", "gptq(sequential=false)", "awq + nearest"])
+def test_experts_learn_from_the_tokens_a_recipe_says(family: str, solver: str, tmp_path: Path) -> None:
+    """Against the counts of the router; hidden states are the same whatever experts are shown."""
+    source = open_source(str(make_model(tmp_path / "model", family, num_hidden_layers=2, **WIDE)))
+    ids, grid = tokens(8, 24), "int8-channel-sym"
+    count = source.config.get("num_local_experts") or source.config["num_experts"]
+    used = source.config["num_experts_per_tok"]
+    found: dict[str, dict[str, int]] = {}
+    for experts in ("route", "all", f"topk={used + 1}", "until=120"):
+        line = f"{solver} : {grid}, experts={experts} > bitmill"
+        report, found[experts] = _seen(source, line, ids, tmp_path / experts.replace("=", "-"))
+        first = [n for n in found[experts] if n.startswith("model.layers.0.")]
+        sent = {n: int(report.tensors[n]["sent"]) for n in first}
+        assert sum(sent.values()) == 3 * ids.numel() * used
+        if experts == "route":
+            assert sent == {n: found["route"][n] for n in first}
+            routed = sent
+        assert sent == routed, "who is shown more is sent no more"
+        assert all(report.tensors[n]["tokens"] >= sent[n] for n in first)
+        told = report.to_json()["experts"]
+        assert told["experts"] == 2 * count and told["shown_least"] == min(
+            int(e["tokens"]) for n, e in report.tensors.items() if ".experts." in n
+        )
+    assert set(found["all"].values()) == {ids.numel()}
+    last = ("w2.weight", "down_proj.weight")
+    one_more = [n for n in found["route"] if n.startswith("model.layers.0.") and n.endswith(last)]
+    assert sum(found[f"topk={used + 1}"][n] for n in one_more) == ids.numel() * (used + 1)
+    for name in one_more:
+        assert found["until=120"][name] >= max(120, routed[name])
+        assert routed[name] < 120 or found["until=120"][name] <= 1.3 * routed[name]
+    assert any(routed[name] < 120 for name in one_more)
+
+
+@every_family
+def test_shown_tokens_are_the_next_by_score_and_add_nothing(family: str, tmp_path: Path) -> None:
+    source = open_source(str(make_model(tmp_path / "model", family)))
+    ids = tokens(2, 24)
+    plain = Stream(source)
+    hidden = plain.embed(ids)
+    wanted = plain.block(0).forward(hidden)
+    for text in ("all", "topk=4", "until=40"):
+        block = Stream(source, experts=(parse_experts(text), ids.numel())).block(0)
+        torch.testing.assert_close(block.forward(hidden), wanted, rtol=1e-5, atol=1e-5)
+    router = next(m for p, m in block.module.named_modules() if p.endswith("mlp.gate"))
+    seen: dict[str, torch.Tensor] = {}
+    router.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
+    template = next(path for path, role in describe(source.config).names.items() if role == "gate")
+    path = template.format(1)
+    block.watched(hidden, {path: lambda x: seen.update(shown=x)})
+    x = seen["x"].reshape(-1, seen["x"].shape[-1])
+    scores, _, chosen = router(x)
+    mine = (chosen == 1).any(-1)
+    rest = scores[:, 1].masked_fill(mine, -torch.inf).argsort(descending=True)[: 40 - int(mine.sum())]
+    assert torch.equal(seen["shown"], torch.cat([x[mine], x[rest.sort().values]]))
+
+
+def test_plans_and_refusals_of_expert_tokens(tmp_path: Path) -> None:
+    source = open_source(str(make_model(tmp_path / "model", "qwen3moe", **WIDE)))
+    line = "gptq : int4-g32-asym, experts=until=512 > bitmill"
+    assert str(parse(line)) == line
+    said = plan(parse(line), source, nsamples=8, seqlen=64).remarks
+    assert any(
+        "each is sent about 192 of 512" in text and "until=512 shows each 512" in text for text in said
+    )
+    said = plan(parse("nearest : int4-g32-asym, experts=all > bitmill"), source).remarks
+    assert any("experts=all is for nothing" in text for text in said)
+    dense = open_source(str(make_model(tmp_path / "dense")))
+    assert any("no experts to place" in text for text in plan(parse(line), dense).remarks)
+    with pytest.raises(BadRecipe, match="until"):
+        parse("gptq : int4-g32-asym, experts=until > bitmill")
+    mill.quantize(source, line, tmp_path / "one", calib=tokens(2, 16), save=tmp_path / "moments")
+    with pytest.raises(Refused, match="chosen before"):
+        mill.quantize(source, line, tmp_path / "two", moments=tmp_path / "moments")

@@ -57,6 +57,8 @@ def one(grid: InputGrid, values: list[float], gain: float) -> list[float]:
     largest = max(abs(v) for v in values)
     if largest == 0:
         return [0.0] * len(values)
+    if grid.scaling == "bitnet":
+        return [min(max(round(v * 127 / largest), -128), 127) * largest / 127 for v in values]
     if grid.element == "int":
         top = 2**grid.bits - 1
         if grid.symmetric:

@@ -14,6 +14,7 @@ _PUBLIC = {
     "quantize": "bitmill.mill",
     "quantize_many": "bitmill.several",
     "convert": "bitmill.transfer",
+    "finetune": "bitmill.adapters.finetune",
     "Report": "bitmill.account",
     "plan": "bitmill.planning",
     "Plan": "bitmill.planning",
@@ -22,6 +23,7 @@ _PUBLIC = {
     "open_source": "bitmill.source",
     "load": "bitmill.run.load",
     "measure": "bitmill.measurement.measure",
+    "train_ternary": "bitmill.ternary.train",
 }
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "Recipe",
     "Report",
     "convert",
+    "finetune",
     "load",
     "measure",
     "open_source",
@@ -36,6 +39,7 @@ __all__ = [
     "plan",
     "quantize",
     "quantize_many",
+    "train_ternary",
 ]
 
 

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 from bitmill.core.types import Note
+from bitmill.expert_coverage import coverage
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Report:
         calibration: source, counts and hash of the tokens.
         notes: everything that did not go as asked.
         tensors: error of each solved weight: ``relative`` (Frobenius), ``weighted`` (by mean square of the
-        input).
+        input); of an expert's, the ``tokens`` that it was placed by, and how many it was ``sent``.
         blocks: output error of each block relative to its own contribution, when it was run.
         seconds: wall time of this process.
         resumed: units taken over from an interrupted run.
@@ -52,6 +53,7 @@ class Report:
             "notes": [vars(note) for note in self.notes],
             "tensors": {name: dict(error) for name, error in self.tensors.items()},
             "blocks": dict(self.blocks),
+            **({"experts": found} if (found := coverage(self.tensors)) else {}),
             "seconds": self.seconds,
             "resumed": self.resumed,
             "identity": dict(self.identity),

@@ -75,6 +75,7 @@ KNOWN: Mapping[str, str] = {
     "auto-round": "autoround : int4-g128-sym > auto-round",
     "efficientqat": "efficientqat + tune : int2-g64-asym > gptq(version=2)",
     "hqq": "hqq : int4-g64-fz > hqq",
+    "bitnet": "nearest : ternary-tensor > bitnet",
     "spqr": "spqr : spqr3-g16-o1-act > spqr",
     **{f"mlx-{bits}bit": _mlx(f"int{bits}-g64-bias") for bits in (2, 3, 4, 5, 6, 8)},
     "mlx-mxfp4": _mlx("mxfp4"),

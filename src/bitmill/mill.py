@@ -164,6 +164,11 @@ class Told:
                 f"cache={wanted.cache} needs the range of keys and values; moments of inputs do not tell it",
                 fix="calibrate: --calib TEXT instead of --moments or --imatrix",
             )
+        if wanted.experts is not None and (self.moments is not None or self.matrices):
+            raise Refused(
+                f"experts={wanted.experts} chooses tokens while calibrating; these were chosen before",
+                fix="leave it out, or calibrate: --calib TEXT",
+            )
         if self.matrices and (self.calib is not None or self.moments is not None):
             raise Refused("--imatrix stands instead of --calib and --moments", fix="give one of them")
         return made

@@ -100,6 +100,11 @@ class Placing:
             values[row.name] = dense
         return values
 
+    def count(self, row: Row, moments: Moments, sent: int | None) -> None:
+        """Note how many tokens an expert's weight was placed by, and how many of them it was sent."""
+        if sent is not None:
+            self.tensors[row.name] |= {"tokens": moments.tokens, "sent": sent}
+
     def write_kept(self, rows: Sequence[Row], tensors: Mapping[str, Tensor]) -> None:
         """Rows that keep their type: rounded to it, and written."""
         for row in rows:

@@ -26,12 +26,10 @@ from bitmill.checkpoint.stored_types import requantized, unread
 from bitmill.core import registry
 from bitmill.core.axes import (
     Allocation,
-    CalibratedSolver,
     Checkpoint,
     Choice,
     Container,
     Grid,
-    Solver,
     Weight,
     total_bytes,
 )
@@ -39,6 +37,7 @@ from bitmill.core.cautions import cautions_of
 from bitmill.core.errors import Refused
 from bitmill.core.rotating import LearnedTransform
 from bitmill.core.types import FileImage, Row, TensorFacts
+from bitmill.expert_coverage import expert_remarks
 from bitmill.families.base import LINEAR_ROLES, Family, describe, is_expert, traits
 from bitmill.folding_plan import learning_of, own_head, transform_remarks, with_rotations
 from bitmill.forecast import cost, refuse_folder
@@ -263,7 +262,7 @@ def plan(
     if recipe.container == "gguf":
         remarks += unheard(checkpoint.config, architecture_of_model(checkpoint.config))
     _refuse_rows(recipe, rows, container, solver, strict)
-    _refuse_experts(rows, family, solver, needs != "nothing" and nsamples > 0)
+    remarks += expert_remarks(recipe, rows, family, solver, checkpoint, needs, nsamples * seqlen)
     provenance = {"recipe": str(recipe), "source": checkpoint.digest, "version": version("bitmill")}
     files = container.files(rows, checkpoint, provenance)
     if out is not None and files[0].path and out.suffix == ".gguf":
@@ -459,25 +458,6 @@ def _refuse_rows(
             f"--strict: shapes force another type on {len(fallbacks)} of {len(rows)} tensors",
             where=f"{first.name}: {first.fallback} -> {first.grid}, shape {list(first.shape)}",
             fix="choose types whose block divides the row, e.g. 32-blocks (q4_0, q8_0), or drop --strict",
-        )
-
-
-def _refuse_experts(rows: Sequence[Row], family: Family, solver: Solver, seen: bool) -> None:
-    """Experts that calibration cannot reach, or whose tokens would not be the same in two models."""
-    expert = next((row for row in rows if row.solved and is_expert(row.name)), None)
-    if expert is None or not seen:
-        return
-    if not family.has_single_experts:
-        raise Refused(
-            f"how transformers runs the experts of {family.model_types[0]!r} is not known here",
-            where=expert.name,
-            fix="use nearest, hqq or clip without --calib; or --imatrix with data for the experts",
-        )
-    if isinstance(solver, CalibratedSolver) and solver.cross:
-        raise Refused(
-            "an expert of the quantized model may see other tokens than the original's: nothing to compare",
-            where=expert.name,
-            fix="drop asymmetric=, or keep=gate+up+down",
         )
 
 

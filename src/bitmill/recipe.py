@@ -7,6 +7,7 @@ r"""A recipe: what the user wants, in one line that reads as the sentence it is.
     nearest : Q4_K_M, /blk\.[0-3]\.ffn_down/=q8_0 > gguf
     smoothquant + nearest : int8-channel-sym, input=int8-token > compressed-tensors
     gptq + tune(steps=200) : Q3_K_M > gguf
+    gptq : int4-g128-sym, experts=until=512 > compressed-tensors
 
 ``transforms + solver : grid-or-mixture, options > container``. A solver that goes on from what another has
 left stands behind it (``gptq + tune``), or behind plain rounding where none is named. Parsing and printing
@@ -29,6 +30,7 @@ from bitmill.allocation.mixture import Mixture
 from bitmill.core import registry
 from bitmill.core.axes import Container, InputContainer, Solver, Transform
 from bitmill.core.errors import BadRecipe
+from bitmill.core.experts import parse_experts
 from bitmill.core.inputs import parse_cache, parse_inputs
 from bitmill.core.learning import ModelSolver
 from bitmill.core.sizes import size_of
@@ -48,7 +50,7 @@ ROLES = ("embed", "head", "q", "k", "v", "o", "gate", "up", "down", "router", "l
 
 DTYPES = ("f32", "f16", "bf16")
 
-_OPTIONS = ("keep", "fallback", "dtype", "input", "cache")
+_OPTIONS = ("keep", "fallback", "dtype", "input", "cache", "experts")
 _OF_GGUF = ("split-max-size", "split-max-tensors", "pre-tokenizer")
 
 
@@ -85,6 +87,7 @@ class Recipe:
         tensors; 0 is no limit, and without any limit the output is one file.
         input: what the inputs of the quantized linears are rounded to at run time; None leaves them.
         cache: what keys and values are rounded to on their way into the cache; None leaves them.
+        experts: which tokens the experts of a mixture learn from; None: those that they are sent.
         tune: what learns with the whole model after the solver; None for nothing.
         pre_tokenizer: llama.cpp's name of how text is cut into words, for a GGUF output; None recognises it.
 
@@ -109,6 +112,7 @@ class Recipe:
     pre_tokenizer: str | None = None
     input: str | None = None
     cache: str | None = None
+    experts: str | None = None
     tune: Call | None = None
 
     def __post_init__(self) -> None:
@@ -135,6 +139,7 @@ class Recipe:
         options = [f"{role}={grid}" for role, grid in self.roles]
         options += [f"input={self.input}"] if self.input else []
         options += [f"cache={self.cache}"] if self.cache else []
+        options += [f"experts={self.experts}"] if self.experts else []
         options += [f"/{pattern}/={kind}" for pattern, kind in self.tensors]
         options += ["pure"] if self.pure else []
         options += [f"keep={'+'.join(self.keep)}"] if self.keep else []
@@ -262,6 +267,8 @@ def _fields(options: list[str], patterns: list[str]) -> dict[str, Any]:
             fields["input"] = str(parse_inputs(value))
         elif key == "cache":
             fields["cache"] = str(parse_cache(value))
+        elif key == "experts":
+            fields["experts"] = str(parse_experts(value))
         elif key == "dtype":
             if value not in DTYPES:
                 raise BadRecipe(f"dtype={value!r}", fix=f"one of {', '.join(DTYPES)}")
@@ -287,7 +294,8 @@ def from_toml(path: Path) -> Recipe:
     """A recipe from a file.
 
     It holds ``recipe = "…"``, or the keys ``transforms solver grid container keep fallback dtype input
-    cache pure split-max-size split-max-tensors pre-tokenizer`` and the tables ``[roles]`` and ``[tensors]``.
+    cache experts pure split-max-size split-max-tensors pre-tokenizer`` and the tables ``[roles]`` and
+    ``[tensors]``.
     Unknown keys are errors.
 
     Raises:
@@ -414,7 +422,7 @@ def _container(text: str, grid: str, rounds: bool) -> Call:
     if grid in Mixture.names():
         return Call("gguf")
     value = registry.parse_grid(grid)
-    for name in ("gguf", "compressed_tensors", "bitsandbytes", "hqq", "mlx", "bitmill"):
+    for name in ("gguf", "compressed_tensors", "bitsandbytes", "hqq", "mlx", "bitnet", "bitmill"):
         made = registry.member("containers", name)()
         if made.refuses(value, "q", (256, 256)) is None and (isinstance(made, InputContainer) or not rounds):
             return Call(name)

@@ -23,6 +23,7 @@ from bitmill.grids.integer import Integer
 from bitmill.grids.kquant import KQuant
 from bitmill.grids.minifloat import Minifloat
 from bitmill.grids.table import Table
+from bitmill.grids.ternary import Ternary
 
 _HALF = {"q4_0": 8, "q5_0": 16, "q8_0": 0}
 _REACH = {"q4_0": (-8, 7), "q5_0": (-16, 15), "q8_0": (-127, 127)}
@@ -91,6 +92,8 @@ def equivalents(grid: Grid) -> Sequence[Grid]:
         return (*_integers(grid.bits, grid.group), *halves, *ranged)
     if str(grid) in _HALF:
         return (*_integers({"q4_0": 4, "q5_0": 5, "q8_0": 8}[str(grid)], _BLOCK), *halves)
+    if isinstance(grid, Ternary):
+        return (*Ternary.examples(), *_integers(2, -1), *(KQuant(kind) for kind in _TERNARY), *halves)
     if str(grid) in _TERNARY:
         return (*_integers(2, _TERNARY_BLOCK), *(KQuant(kind) for kind in _TERNARY), *halves)
     if str(grid) in _RANGED:
@@ -140,6 +143,9 @@ def _steps(quantized: Quantized) -> _Steps | None:
         zero = torch.where(scale == 0, 0.0, -params["bias"] / scale).round()
         if not torch.equal(zero * scale, -params["bias"]) or float(zero.abs().max()) > _FURTHEST:
             return None
+    elif isinstance(grid, Ternary):
+        scale, width = params["scale"].expand(out, -1), columns
+        zero = torch.ones_like(scale)
     elif isinstance(grid, KQuant) and set(params) == {"d"}:
         scale = params["d"]
         zero = torch.full_like(scale, float({**_HALF, **dict.fromkeys(_TERNARY, 1)}[str(grid)]))

@@ -30,6 +30,7 @@ from bitmill.calibrate.stream import Block, Stream, Twin
 from bitmill.calibrate.tokens import Calibration
 from bitmill.core.axes import CalibratedSolver, Checkpoint, Container
 from bitmill.core.errors import Refused, Unsolvable
+from bitmill.core.experts import parse_experts
 from bitmill.core.learning import BlockSolver, BlockTask
 from bitmill.core.types import Inputs, Moments, Note, Row
 from bitmill.fitting import Fitting
@@ -131,7 +132,8 @@ class Walk:
         return self.plan.needs != "nothing" and not self.known
 
     def _stream(self) -> Stream:
-        return Stream(self.source, self.device, read=self._read, inputs={})
+        shown = (parse_experts(self.plan.recipe.experts or "route"), self.calibration.tokens.numel())
+        return Stream(self.source, self.device, read=self._read, inputs={}, experts=shown)
 
     def _read(self, name: str) -> Tensor:
         """A dense tensor of the source after the fixed maps; refuses non-finite weights."""
@@ -342,6 +344,7 @@ class Walk:
     ) -> None:
         for row in rows:
             block.assign(row.name.removeprefix(block.prefix), values[row.name])
+            self.placing.count(row, moments, block.sent(_path(block, row)))
             if row.inputs is not None:
                 fixed = fixed_by(row, moments, self.plan.dtype)
                 basis = partial(Hadamard.plain, row.turn) if row.turn else None
@@ -389,6 +392,7 @@ class Walk:
             path, name = _path(block, group[0]), group[0].name
             hooks[path] = lambda x, add=total.add, path=path, name=name: add(x, name, seen.get(path))
         keep = {path: partial(seen.__setitem__, path) for path in hooks}
+        block.recount()
         for a in range(0, hidden.shape[0], batch):
             if original is not None:
                 part = original[a : a + batch]

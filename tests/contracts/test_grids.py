@@ -18,7 +18,7 @@ every = pytest.mark.parametrize("grid", GRIDS, ids=str)
 every_scalar = pytest.mark.parametrize("grid", SCALARS, ids=str)
 
 OUT, IN = 16, 512
-TERNARY = ("tq1_0", "tq2_0")
+TERNARY = ("tq1_0", "tq2_0", "ternary-tensor", "ternary-tensor-sf32")
 LOUD = ("iq1_s", "iq1_m", "iq2_xxs")
 """In llama.cpp's files silent runs beside a loud one get the smallest scale, which is not 0."""
 SIZE = {"nvfp4-flat": 1024.0}
@@ -350,4 +350,5 @@ def test_steps_are_distances_between_neighbours(grid: ScalarGrid):
     assert bool((step >= 0).all())
     assert torch.equal(grid.step(params, 40, 48), step[:, 40:88])
     inside = (_value(grid, w / 2, params) - w / 2).abs()
-    assert (inside <= step * 0.5001 + 1e-7).double().mean() > 0.95
+    most = 0.85 if "ternary" in str(grid) else 0.95  # a mean is in the middle: more lies outside of it
+    assert (inside <= step * 0.5001 + 1e-7).double().mean() > most

@@ -88,7 +88,11 @@ def described(grid: InputGrid) -> QuantizationArgs:
     return QuantizationArgs(**about)
 
 
-OTHERS = ("llm-int8", "mxfp8-ceil")  # bitsandbytes' rule, and that of transformers' own FP8 kernels
+OTHERS = (
+    "llm-int8",
+    "mxfp8-ceil",
+    "bitnet-int8",
+)  # bitsandbytes' rule, and those of transformers' own layers
 PACKAGE = [text for text in EXAMPLES if text not in OTHERS]
 
 

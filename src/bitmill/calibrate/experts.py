@@ -1,13 +1,21 @@
 """A block's experts as linears of their own: what transformers multiplies as stacks, opened up, so that the
-input of every single expert can be seen and rounded and its weights replaced."""
+input of every single expert can be seen and rounded and its weights replaced.
+
+An expert may be shown more tokens than its router sends it, so that it can be learned from them; what it
+makes of those is not added to the model's own hidden states, which stay what they are.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bitmill.core.errors import Refused
+from bitmill.core.experts import ExpertTokens
 from bitmill.families.base import Family
 
 _GATED = {"gate_up_proj", "down_proj"}
@@ -19,6 +27,11 @@ class Experts(nn.Module):
     Attributes:
         everywhere: whether an expert that no token is sent to sees one all the same, which counts for
             nothing: so that a single forward pass calls every linear.
+        tokens: which tokens an expert is shown.
+        share: for ``until=N``: ``N`` a token of the whole calibration. Each forward pass shows its part of
+            them, at least.
+        sent: tokens that the router has sent each expert since this was last set to 0.
+        watched: whether somebody looks at inputs; if not, tokens are neither counted nor shown to others.
     """
 
     def __init__(self, stack: nn.Module, leaves: Sequence[str]) -> None:
@@ -32,6 +45,14 @@ class Experts(nn.Module):
                 self.add_module(str(expert), nn.ModuleDict(parts))
         self._leaves, self._act = tuple(leaves), stack.get_submodule("act_fn")
         self.everywhere = False
+        self.tokens, self.share, self.watched = ExpertTokens(), 0.0, True
+        self.sent = torch.zeros(count, dtype=torch.int64)
+        self._scores: Tensor | None = None
+
+    def offered(self, router: nn.Module, args: tuple[Any, ...], made: Any) -> None:
+        """A hook behind the router: its score of every expert for each token, which come first of what it
+        puts out."""
+        self._scores = made[0] if isinstance(made, tuple) else made
 
     def forward(self, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         """The weighted sum of what the chosen experts make of each token.
@@ -41,20 +62,49 @@ class Experts(nn.Module):
             chosen, shares: ``tokens k``: numbers of the experts, and what each one's output counts.
         """
         out = torch.zeros_like(hidden)
+        shown = self._shown(hidden, chosen)
         for name, expert in self.named_children():
             if not isinstance(expert, nn.ModuleDict):
                 continue  # the activation function
             token, place = torch.where(chosen == int(name))
             share = shares[token, place, None]
-            if not len(token):
+            self.sent[int(name)] += len(token) * self.watched
+            more = token[:0] if shown is None else shown[:, int(name)].nonzero()[:, 0]
+            if not len(token) and not len(more):
                 if not self.everywhere:
                     continue
                 token, share = token.new_zeros(1), shares.new_zeros(1, 1)
             gate, up, down = (expert[leaf] for leaf in self._leaves)
-            x = hidden[token]
-            made = down(self._act(gate(x)) * up(x)) * share
+            x = hidden[torch.cat([token, more])]
+            made = down(self._act(gate(x)) * up(x))[: len(token)] * share
             out.index_add_(0, token, made.to(out.dtype))
         return out
+
+    def _shown(self, hidden: Tensor, chosen: Tensor) -> Tensor | None:
+        """``tokens experts``: what each expert is shown beside the tokens that it is sent; None for nothing.
+
+        Raises:
+            Refused: that goes by the router's scores, and there are none for every token and expert.
+        """
+        scores, self._scores = self._scores, None
+        if self.tokens.kind == "route" or not self.watched:
+            return None
+        count = len(self.sent)
+        sent = torch.zeros(len(hidden), count, dtype=torch.bool, device=hidden.device)
+        sent.scatter_(1, chosen, True)
+        if self.tokens.kind == "all":
+            return ~sent
+        if scores is None or scores.shape != sent.shape:
+            raise Refused(
+                f"experts={self.tokens} goes by the router's scores, which this model does not give",
+                fix="experts=all, or experts=route",
+            )
+        if self.tokens.kind == "topk":
+            first = scores.topk(min(self.tokens.count, count), 1).indices
+            return torch.zeros_like(sent).scatter_(1, first, True) & ~sent
+        lacking = (math.ceil(self.share * len(hidden)) - sent.sum(0)).clamp_min(0)
+        order = scores.float().masked_fill(sent, -math.inf).argsort(dim=0, descending=True, stable=True)
+        return (order.argsort(dim=0) < lacking) & ~sent
 
 
 def opened(layer: nn.Module, family: Family, stored: Collection[str]) -> None:
@@ -72,4 +122,8 @@ def opened(layer: nn.Module, family: Family, stored: Collection[str]) -> None:
             names = [*parts, *family.joined[f"{stack_path}.down_proj"]]
             parent, _, child = stack_path.rpartition(".")
             leaves = [name.rpartition(".")[2] for name in names]
-            layer.get_submodule(parent).add_module(child, Experts(stack, leaves))
+            experts = Experts(stack, leaves)
+            layer.get_submodule(parent).add_module(child, experts)
+            router = next((family.inside(p) for p, role in family.names.items() if role == "router"), None)
+            if router is not None:
+                layer.get_submodule(router).register_forward_hook(experts.offered)

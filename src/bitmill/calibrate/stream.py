@@ -24,6 +24,7 @@ from bitmill.calibrate.head import Head
 from bitmill.calibrate.skeleton import empty_model, final_norm_path, find_layers, path_of, scaled_logits
 from bitmill.core.axes import Checkpoint, cache_of, inputs_of
 from bitmill.core.errors import BadFile, Refused
+from bitmill.core.experts import ExpertTokens
 from bitmill.core.types import Inputs
 from bitmill.families.base import describe
 from bitmill.numerics.cache import Change, cache_changes, check_cache, watch_cache
@@ -55,6 +56,7 @@ class Block:
         self.index, self.module, self._stream = index, module, stream
         self.prefix = f"{stream.layers_path}.{index}."
         self.inputs: dict[str, Inputs] = {}
+        self._experts = {path: m for path, m in module.named_modules() if isinstance(m, Experts)}
         for path, linear in self.linears().items():
             linear.register_forward_pre_hook(input_hook(partial(self.inputs.get, path)))
 
@@ -107,23 +109,46 @@ class Block:
 
             return hook
 
-        experts = [module for module in self.module.modules() if isinstance(module, Experts)]
-        for module in experts:
+        for module in self._experts.values():
             module.everywhere = True
         try:
             with self._hooks({path: note(path) for path in self.linears()}):
                 self.forward(hidden[:1])
         finally:
-            for module in experts:
+            for module in self._experts.values():
                 module.everywhere = False
         return [tuple(paths) for _, paths in seen]
+
+    def show_experts(self, tokens: ExpertTokens, share: float) -> None:
+        """Which tokens experts are shown from here on; see :class:`Experts`."""
+        for experts in self._experts.values():
+            experts.tokens, experts.share = tokens, share
+
+    def recount(self) -> None:
+        """Count from here on how many tokens each expert is sent."""
+        for experts in self._experts.values():
+            experts.sent.zero_()
+
+    def sent(self, path: str) -> int | None:
+        """Tokens that the expert of the linear at ``path`` was sent; None where it is no expert's."""
+        inside = self._stream.family.inside(path)
+        for place, experts in self._experts.items():
+            if inside.startswith(f"{place}."):
+                return int(experts.sent[int(inside.removeprefix(f"{place}.").partition(".")[0])])
+        return None
 
     def outputs(self, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         """As :meth:`forward`, with these weights in place of those at their paths; differentiable in them."""
         inside = self._stream.family.inside
         named = {f"{inside(path)}.weight": weight for path, weight in weights.items()}
         args, kwargs = self._stream.call(self.index, hidden)
-        out = torch.func.functional_call(self.module, named, (hidden, *args), kwargs)
+        for experts in self._experts.values():
+            experts.watched = False
+        try:
+            out = torch.func.functional_call(self.module, named, (hidden, *args), kwargs)
+        finally:
+            for experts in self._experts.values():
+                experts.watched = True
         return out[0] if isinstance(out, tuple) else out
 
     def watched(self, hidden: Tensor, hooks: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Tensor:
@@ -151,6 +176,7 @@ class Block:
             gates: by path of a linear, in the order the block calls them.
             batch: sequences of a micro-batch.
         """
+        self.recount()
         with closing(self.steps(hidden, {path: gate.see for path, gate in gates.items()}, batch)) as steps:
             passed = set()
             for path in steps:
@@ -249,6 +275,7 @@ class Stream:
         read: where dense tensors come from; the checkpoint itself unless a transform changes them on the way.
         inputs: how the inputs of linears are rounded, by weight name; None does as the checkpoint says, with
             the keys and values of its cache, too.
+        experts: which tokens experts are shown, and of how many in all; hidden states do not change by it.
 
     Raises:
         Refused: transformers does not know the architecture, its body is not a plain list of blocks, or
@@ -262,8 +289,10 @@ class Stream:
         dtype: torch.dtype = torch.float32,
         read: Read | None = None,
         inputs: Mapping[str, Inputs] | None = None,
+        experts: tuple[ExpertTokens, int] = (ExpertTokens(), 0),
     ) -> None:
         self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
+        self._shown = experts
         self._read = read or checkpoint.read
         self.family = describe(checkpoint.config)
         self._model = empty_model(checkpoint.config, self.device)
@@ -315,6 +344,8 @@ class Stream:
         for name, _ in list(module.named_parameters()):
             _assign(module, name, self._parameter(prefix, name, read), self.device, self.dtype)
         block = Block(self, index, module)
+        tokens, total = self._shown
+        block.show_experts(tokens, tokens.count / max(total, 1))
         for path in block.linears():
             if f"{prefix}{path}.weight" in self._inputs:
                 block.inputs[path] = self._inputs[f"{prefix}{path}.weight"]

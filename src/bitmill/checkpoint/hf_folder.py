@@ -131,8 +131,7 @@ def weight_files(folder: Path) -> tuple[tuple[Path, ...], Mapping[str, str]]:
         raise Refused(
             "the folder holds an adapter, not a model",
             where=str(folder),
-            fix="merge it first: "
-            "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)",
+            fix="merge it first: bitmill merge MODEL ADAPTER -o OUT",
         )
     if len(found) == 1:
         return (inside(folder, found[0]),), {}

@@ -17,9 +17,11 @@ from bitmill.cli.bench import bench
 from bitmill.cli.budget import budget
 from bitmill.cli.convert import convert
 from bitmill.cli.doctor import doctor
+from bitmill.cli.finetune import finetune
 from bitmill.cli.imatrix import imatrix
 from bitmill.cli.inspect import inspect as inspect_file
 from bitmill.cli.measure import measure
+from bitmill.cli.merge import merge
 from bitmill.cli.names import names
 from bitmill.cli.plan import plan
 from bitmill.cli.publish import publish
@@ -28,6 +30,7 @@ from bitmill.cli.recipes import recipes
 from bitmill.cli.run import run
 from bitmill.cli.summarize import summarize
 from bitmill.cli.sweep import sweep
+from bitmill.cli.train_ternary import train_ternary
 from bitmill.core.errors import BitmillError
 
 ABOUT = """Quantize any language model with any method into the file your runtime already loads, and measure
@@ -70,7 +73,7 @@ def _add(verb: Callable[..., None], *, alone: bool = False) -> None:
     """Register a verb; ``alone`` says that it works without arguments."""
     text = verb.__doc__ or ""
     app.command(
-        verb.__name__,
+        verb.__name__.replace("_", "-"),
         help=_help(text),
         short_help=text.strip().splitlines()[0],
         epilog=exits.LEGEND,
@@ -91,6 +94,9 @@ _add(bench)
 _add(publish)
 _add(advise)
 _add(imatrix)
+_add(finetune)
+_add(merge)
+_add(train_ternary)
 _add(names)
 _add(recipes, alone=True)
 _add(doctor, alone=True)

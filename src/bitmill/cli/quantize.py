@@ -200,6 +200,12 @@ def _say(report: Report) -> None:
         short = {key: value for key, value in calibration.items() if isinstance(value, int | str)}
         said = ", ".join(f"{key} {value}" for key, value in short.items() if len(str(value)) <= LONGEST)
         say.note(f"calibration: {said}")
+    if covered := report.to_json().get("experts"):
+        sent, never = covered["sent"], covered["never_sent"]
+        said = (
+            f"experts: {covered['experts']}, sent {sent['least']:,} to {sent['most']:,} tokens each, median "
+        )
+        say.note(f"{said}{sent['median']:,.0f}; {never} none; least shown {covered['shown_least']:,}")
     kinds = Counter(note.kind for note in report.notes)
     first = {note.kind: note for note in reversed(report.notes)}
     for kind, count in kinds.most_common(SHOWN_NOTES):

@@ -57,6 +57,7 @@ from bitmill.grids.nonlinear import Nonlinear
 from bitmill.grids.qoq import Qoq, fits_int8
 from bitmill.grids.spqr import Spqr
 from bitmill.grids.table import Table
+from bitmill.grids.ternary import Ternary
 from bitmill.numerics import hadamard
 from bitmill.numerics.bits import pack, packed_words, unpack
 from bitmill.numerics.floats import ELEMENTS
@@ -270,6 +271,8 @@ def _layout(grid: Grid, shape: tuple[int, int]) -> _Layout | None:
         return _Layout(shape, 0, {"absmax": ("F32", (out, 1))})
     if isinstance(grid, Spqr):
         return _Layout(shape, grid.bits, _spqr_params(grid, shape))
+    if isinstance(grid, Ternary):
+        return _Layout(shape, 2, {"scale": ("F32", (1, 1))})
     if isinstance(grid, Lattice):
         return _Layout((out, columns // 8), 16, {"scale": ("F32", (out, 1))})
     return None

@@ -24,13 +24,14 @@ _SMALL = {
     "mxfp4": ("e2m1", 4, "mx"),
     "nvfp4": ("e2m1", 4, "nv"),
 }
+_BITNET = "bitnet-int8"
 _LOUD = re.compile(r"llm-int8(?:-(\d{1,3}(?:\.\d{1,6})?))?")
 _ALSO = {"mxfp6": "mxfp6-e2m3", "mxfp8-e4m3": "mxfp8", "mxfp4-e2m1": "mxfp4"}
 
 EXAMPLES = (
     "int8-token", "int8-token-asym", "int8-tensor", "int8-tensor-static", "int8-tensor-static-asym",
     "int4-token", "int4-g128-token", "fp8-e4m3-token", "fp8-e4m3-tensor", "fp8-e4m3-tensor-static",
-    "fp8-e4m3-g128-token", "mxfp8", "mxfp8-ceil", "mxfp6-e2m3", "mxfp4", "nvfp4", "llm-int8",
+    "bitnet-int8", "fp8-e4m3-g128-token", "mxfp8", "mxfp8-ceil", "mxfp6-e2m3", "mxfp4", "nvfp4", "llm-int8",
 )  # fmt: skip
 """Spellings that help and documentation show."""
 
@@ -87,6 +88,8 @@ class InputGrid:
     def __str__(self) -> str:
         if self.scaling == "nv":
             return "nvfp4"
+        if self.scaling == "bitnet":
+            return _BITNET
         if self.scaling == "loud":
             return "llm-int8" if self.threshold == LOUD else f"llm-int8-{self.threshold:g}"
         kind = f"int{self.bits}" if self.element == "int" else f"fp{self.bits}-{self.element}"
@@ -125,6 +128,8 @@ def find_inputs(text: str) -> InputGrid | None:
     if text in _SMALL:
         element, bits, scaling = _SMALL[text]
         return InputGrid(element, bits, "group", 16 if scaling == "nv" else 32, scaling=scaling)
+    if text == _BITNET:
+        return InputGrid("int", 8, "token", scaling="bitnet")
     loud = _LOUD.fullmatch(text)
     if loud is not None:
         return llm_int8_inputs(LOUD if loud[1] is None else float(loud[1]))

@@ -49,6 +49,8 @@ def rounded(grid: InputGrid, x: Tensor, fixed: Params) -> Tensor:
     """``x`` (``… tokens in``, any float type) as the layer's matrix product sees it, in ``x``'s own type."""
     if grid.scaling == "loud":
         return llm_int8.rounded(x, grid.threshold)
+    if grid.scaling == "bitnet":
+        return _bitnet(x)
     wide = x.to(torch.float32)
     if grid.group:
         wide = wide.unflatten(-1, (-1, grid.group))
@@ -62,6 +64,13 @@ def rounded(grid: InputGrid, x: Tensor, fixed: Params) -> Tensor:
     else:
         values = round_to(values, ELEMENTS[grid.element])
     return (values * scale).reshape(x.shape).to(x.dtype)
+
+
+def _bitnet(x: Tensor) -> Tensor:
+    """As transformers' BitNet layers do (Ma et al., arXiv 2402.17764)."""
+    wide = x.to(torch.float32)
+    scale = 127 / wide.abs().amax(-1, keepdim=True).clamp_min(1e-5)
+    return ((wide * scale).round().clamp(-128, 127) / scale).to(x.dtype)
 
 
 def seen(how: Inputs, x: Tensor) -> Tensor:

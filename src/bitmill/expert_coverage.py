@@ -1,0 +1,110 @@
+"""Experts in a plan and in a report: what calibration cannot do with them, and how many tokens each has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from bitmill.core.axes import CalibratedSolver, Checkpoint, Solver
+from bitmill.core.errors import Refused
+from bitmill.core.experts import ExpertTokens, parse_experts
+from bitmill.core.types import Row
+from bitmill.families.base import Family, is_expert, traits
+from bitmill.recipe import Recipe
+
+_FEW = 0.01  # of the tokens it would have if all experts had as many
+
+
+def refuse_experts(rows: Sequence[Row], family: Family, solver: Solver) -> None:
+    """Experts that calibration cannot reach, or whose tokens would not be the same in two models."""
+    expert = next((row for row in rows if row.solved and is_expert(row.name)), None)
+    if expert is None:
+        return
+    if not family.has_single_experts:
+        raise Refused(
+            f"how transformers runs the experts of {family.model_types[0]!r} is not known here",
+            where=expert.name,
+            fix="use nearest, hqq or clip without --calib; or --imatrix with data for the experts",
+        )
+    if isinstance(solver, CalibratedSolver) and solver.cross:
+        raise Refused(
+            "an expert of the quantized model may see other tokens than the original's: nothing to compare",
+            where=expert.name,
+            fix="drop asymmetric=, or keep=gate+up+down",
+        )
+
+
+def expert_remarks(
+    recipe: Recipe,
+    rows: Sequence[Row],
+    family: Family,
+    solver: Solver,
+    source: Checkpoint,
+    needs: str,
+    tokens: int,
+) -> tuple[str, ...]:
+    """What a plan says of the tokens that experts will see.
+
+    Args:
+        needs: ``nothing``, ``diagonal`` or ``gram``: what calibration takes.
+        tokens: of the whole calibration; 0 where moments are known already.
+
+    Raises:
+        Refused: calibration cannot reach them; see :func:`refuse_experts`.
+    """
+    tokens = 0 if needs == "nothing" else tokens
+    if tokens:
+        refuse_experts(rows, family, solver)
+    experts = [row for row in rows if row.solved and is_expert(row.name)]
+    if not experts or not tokens:
+        why = "no expert is calibrated" if experts else "there are no experts to place"
+        asked = recipe.experts
+        return () if asked is None else (f"experts={asked} is for nothing: {why}",)
+    count, used = traits(source.config)["experts"], _used(source.config)
+    each = tokens * used // max(count, 1)
+    policy = parse_experts(recipe.experts or "route")
+    said = f"experts: {used} of {count} see a token, so that each is sent about {each:,} of {tokens:,}"
+    return (f"{said}{_shown(policy, tokens, count)}",)
+
+
+def _shown(policy: ExpertTokens, tokens: int, count: int) -> str:
+    if policy.kind == "all":
+        return f"; experts=all shows each all {tokens:,}"
+    if policy.kind == "topk":
+        return f"; {policy} shows each about {tokens * min(policy.count, count) // max(count, 1):,}"
+    if policy.kind == "until":
+        return f"; {policy} shows each {min(policy.count, tokens):,} at least"
+    return "; experts=until=N shows each N at least"
+
+
+def _used(config: Mapping[str, Any]) -> int:
+    return int(config.get("num_experts_per_tok") or config.get("top_k") or 1)
+
+
+def coverage(tensors: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """What a report says of its experts, from the counts beside their errors; nothing without any.
+
+    Experts of a block have one entry each: that of the weight whose name comes first.
+    """
+    sent: dict[str, tuple[int, int]] = {}
+    for name, entry in sorted(tensors.items()):
+        if "sent" in entry:
+            sent.setdefault(_expert(name), (int(entry["sent"]), int(entry["tokens"])))
+    if not sent:
+        return {}
+    counts = sorted(count for count, _ in sent.values())
+    mean = sum(counts) / len(counts)
+    few = [name for name, (count, _) in sent.items() if count < _FEW * mean]
+    return {
+        "experts": len(sent),
+        "sent": {"least": counts[0], "median": median(counts), "most": counts[-1]},
+        "shown_least": min(shown for _, shown in sent.values()),
+        "never_sent": sum(count == 0 for count in counts),
+        "under_a_hundredth_of_the_mean": few,
+    }
+
+
+def _expert(name: str) -> str:
+    head, _, rest = name.partition(".experts.")
+    return f"{head}.experts.{rest.partition('.')[0]}"

@@ -1,0 +1,1 @@
+"""What every training here shares: lessons, optimizers, the loop that judges and keeps."""
