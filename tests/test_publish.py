@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from bitmill.core.errors import Refused
 from bitmill.sweep import publish, run
 from tests.cli.command import Command
+from tests.test_kill import content
 from tests.test_report import EVIL
 from tests.test_sweep import asked
 
@@ -75,6 +77,25 @@ def test_a_folder_to_publish(swept: Path, made: Path, capsys: pytest.CaptureFixt
     (swept / "README.md").write_text("mine")
     refused = command("publish", swept)
     assert refused.code == 2 and "--force" in refused.err and (swept / "README.md").read_text() == "mine"
+
+
+def test_the_commands_make_the_same_bytes(
+    made: Path,
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    told = json.loads((made / "sweep.json").read_text())
+    monkeypatch.chdir(tmp_path)
+    for name in (made.parent / "words.txt", made / "imatrix.gguf", tiny_llama):
+        (tmp_path / name.name).symlink_to(name)
+    for tier in told["tiers"]:
+        words = shlex.split(tier["command"])
+        assert words[:2] == ["bitmill", "quantize"]
+        done = Command(capsys)(*words[1:], "--no-measure")
+        assert done.code == 0, done.err
+        assert content(tmp_path / tier["file"]) == content(made / tier["file"])
 
 
 def test_what_goes_to_the_hub(swept: Path) -> None:

@@ -268,6 +268,8 @@ def _show_prospect(asked: Asked, found: Prospect) -> None:
         f"measuring {len(takes.making)} × {say.duration(takes.measuring)}",
     )
     say.result(f"about {say.duration(takes.seconds)}, modelled: {', '.join(parts)}")
+    if asked.drawn.calib is None and any(p.told != "nothing" for p in found.placed):
+        say.result("the first calibration of a model also samples its own words, once, which is not in this")
     say.result(f"about {takes.peak_bytes / 2**30:.1f} GiB of memory (modelled)")
     for one in found.left:
         say.result(f"left out: {one.name}: {one.why}")

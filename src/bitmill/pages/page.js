@@ -56,7 +56,8 @@ function heatMap() {
     rects.forEach((rect, i) => {
       const cell = cells[i], value = values[i], type = types.indexOf(value);
       const broken = cell && value === null && how.at !== 4;
-      rect.setAttribute("class", "cell" + (broken ? " broken" : "") + (type >= 0 ? " t" + (type % 10) : ""));
+      const marks = [broken && "broken", type >= 0 && "t" + (type % 10), rect.classList.contains("chosen") && "chosen"];
+      rect.setAttribute("class", ["cell", ...marks.filter(Boolean)].join(" "));
       const shade = !cell ? 0 : type >= 0 || broken ? 1 : value === null ? 0 : 0.1 + (0.9 * (value - low)) / span;
       rect.setAttribute("fill-opacity", shade);
       const title = rect.querySelector("title");

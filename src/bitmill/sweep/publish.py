@@ -172,7 +172,8 @@ def _table(tiers: Sequence[Mapping[str, Any]]) -> str:
     for tier in tiers:
         standing = tier["standing"]
         where = "**front, knee**" if standing["knee"] else "front" if standing["front"] else ""
-        where = where or f"beaten by {_code(standing['beaten_by'])}"
+        chance = "" if standing["settled"] else ", within chance"
+        where = where or f"beaten by {_code(standing['beaten_by'] or '?')}{chance}"
         cells = (
             f"[{_plain(tier['file'])}](<{tier['file']}>)",
             _code(tier["recipe"]),

@@ -27,7 +27,7 @@ from bitmill.sweep.front import Point, Standing, largest_within, standings
 from bitmill.sweep.planned import Forecast, LeftOut, Placed, forecast, grouped, key_of, place
 from bitmill.sweep.result import WORK, Result, difference, kept
 from bitmill.sweep.tiers import Tier, tiers
-from bitmill.sweep.words import MATRIX, sweep_command, tier_command
+from bitmill.sweep.words import MATRIX, named, sweep_command, tier_command
 from bitmill.sweep.workers import in_processes, on_ray, one_by_one
 
 SWEEP = "sweep.json"
@@ -101,7 +101,7 @@ class Outcome:
         facts = {"reference": first["reference"], "bytes_reference": first["bytes_reference"]}
         return {
             "bitmill": version("bitmill"),
-            "model": self.asked.model,
+            "model": named(self.asked.model),
             "command": sweep_command(self.asked),
             **facts,
             "floor": first["floor"],
@@ -122,14 +122,14 @@ class Outcome:
     def tier(self, result: Result) -> dict[str, Any]:
         """One tier's line as plain values."""
         record, speed = result.record, self.speeds.get(result.name)
-        named = Tier(result.name, result.asked, parse(result.recipe), result.file)
+        tier = Tier(result.name, result.asked, parse(result.recipe), result.file)
         keys = ("bpw", "bpw_linears", "kld", "same_top", "same_top_se", "ppl", "ppl_reference")
         return {
             "name": result.name,
             "recipe": result.recipe,
             "file": result.file,
             "calibrated_on": result.told,
-            "command": tier_command(self.asked, named, result.told),
+            "command": tier_command(self.asked, tier, result.told),
             "bytes": result.bytes_,
             **{key: record[key] for key in keys},
             "worst_kind": record["worst_kind"],
@@ -197,8 +197,8 @@ def outcome(
     """Where each result stands among the others."""
     ordered = sorted(results, key=lambda r: (r.bytes_, r.kld))
     points = [Point(r.name, r.bytes_, r.kld) for r in ordered]
-    named = {r.name: r for r in ordered}
-    found = standings(points, lambda one, other: difference(asked.folder, named[one], named[other]))
+    by_name = {r.name: r for r in ordered}
+    found = standings(points, lambda one, other: difference(asked.folder, by_name[one], by_name[other]))
     best = largest_within(points, asked.budget) if asked.budget else None
     pairs = tuple((a.name, b.name, difference(asked.folder, a, b)) for a, b in pairwise(ordered))
     return Outcome(

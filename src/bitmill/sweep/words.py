@@ -19,9 +19,9 @@ MATRIX = "imatrix.gguf"
 def sweep_command(asked: Asked) -> str:
     """The sweep itself; a model in a local folder goes by its name."""
     protocol, usual = asked.measuring.protocol, Protocol()
-    words = ["bitmill", "sweep", _named(asked.model), *asked.recipes, "-o", asked.folder.name]
+    words = ["bitmill", "sweep", named(asked.model), *asked.recipes, "-o", asked.folder.name]
     words += _drawn(asked)
-    words += [word for text in asked.measuring.texts or () for word in ("--text", _named(text))]
+    words += [word for text in asked.measuring.texts or () for word in ("--text", named(text))]
     for name, value, default in (
         ("--window", protocol.window, usual.window),
         ("--windows", protocol.count, usual.count),
@@ -38,7 +38,7 @@ def tier_command(asked: Asked, tier: Tier, told: str) -> str:
     Args:
         told: what the tier is calibrated on: ``importance matrix``, ``text`` or ``nothing``.
     """
-    words = ["bitmill", "quantize", _named(asked.model), tier.asked]
+    words = ["bitmill", "quantize", named(asked.model), tier.asked]
     words += ["--imatrix", MATRIX] if told == "importance matrix" else []
     words += _drawn(asked) if told == "text" else []
     return shlex.join([*words, "-o", tier.file])
@@ -46,7 +46,7 @@ def tier_command(asked: Asked, tier: Tier, told: str) -> str:
 
 def _drawn(asked: Asked) -> list[str]:
     drawn = asked.drawn
-    words = [word for text in drawn.calib or () for word in ("--calib", _named(text))]
+    words = [word for text in drawn.calib or () for word in ("--calib", named(text))]
     for name, value, default in (
         ("--nsamples", drawn.nsamples, Drawn.nsamples),
         ("--seqlen", drawn.seqlen, Drawn.seqlen),
@@ -57,7 +57,7 @@ def _drawn(asked: Asked) -> list[str]:
     return [*words, *["--chat"] * drawn.chat, *(["--revision", asked.revision] if asked.revision else [])]
 
 
-def _named(text: str) -> str:
+def named(text: str) -> str:
     """A name without the folders that it lies in on this machine."""
     path = Path(text).expanduser()
     return path.name if path.exists() and path.name else text
