@@ -5,6 +5,7 @@ short. For few queries, on a processor; matrix products of unpacked pieces are f
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ MOST_QUERIES = 16
 """Rows of queries a head that these loops are for."""
 
 _BLOCK = 256  # tokens that one thread takes at a time
+_TOGETHER = {1: 8, 2: 4, 3: 4, 4: 2}  # codes that are looked up at once
 _compiled: Any = njit(cache=True, nogil=True, error_model="numpy")
 _inlined: Any = njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
 _summing: Any = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
@@ -57,29 +59,65 @@ def _arrays(part: Direct, fields: Mapping[str, Tensor], rows: int) -> tuple[Any,
     room = codes.shape[2]
     step = fields[part.step].to(torch.float32).reshape(rows, room, -1).numpy()
     low = fields[part.low].to(torch.float32).reshape(step.shape).numpy() if part.low else np.zeros_like(step)
-    levels = part.levels.to("cpu", torch.float32).contiguous().numpy()
-    return codes.reshape(rows, room, -1).numpy(), step, low, levels, part.bits, part.group
+    return codes.reshape(rows, room, -1).numpy(), step, low, _table(part), part.bits, part.group
+
+
+@lru_cache(maxsize=1024)
+def _table(part: Direct) -> np.ndarray:
+    """Levels of all codes that are looked up together, by the bits that they fill. Not to be written into."""
+    together = _TOGETHER.get(part.bits, 1)
+    levels = part.levels.to("cpu", torch.float32).numpy()
+    words = np.arange(2 ** (part.bits * together))[:, None] >> (np.arange(together) * part.bits)
+    return np.ascontiguousarray(levels[words & (2**part.bits - 1)])
 
 
 @_inlined
-def _decode(codes: Any, step: Any, low: Any, levels: Any, bits: int, group: int, out: Any) -> None:
-    """One token: eight codes are ``bits`` bytes, least significant first."""
+def _decode(
+    codes: Any, row: int, token: int, bits: int, table: Any, step: Any, low: Any, group: int, out: Any
+) -> None:
+    """One token. Codes that fill one byte, or four of three bits, are looked up together."""
     count = len(out)
-    mask = np.uint64((1 << bits) - 1)
-    for eight in range((count + 7) // 8):
-        word = np.uint64(0)
-        for k in range(min(bits, len(codes) - eight * bits)):
-            word |= np.uint64(codes[eight * bits + k]) << np.uint64(8 * k)
-        if 8 * eight + 8 <= count:
+    if bits == 4 and count % 2 == 0:
+        for i in range(count // 2):
+            v = codes[row, token, i]
+            for j in range(2):
+                out[2 * i + j] = table[v, j]
+    elif bits == 2 and count % 4 == 0:
+        for i in range(count // 4):
+            v = codes[row, token, i]
+            for j in range(4):
+                out[4 * i + j] = table[v, j]
+    elif bits == 1 and count % 8 == 0:
+        for i in range(count // 8):
+            v = codes[row, token, i]
             for j in range(8):
-                out[8 * eight + j] = levels[np.int64((word >> np.uint64(j * bits)) & mask)]
-        else:
-            for j in range(count - 8 * eight):
-                out[8 * eight + j] = levels[np.int64((word >> np.uint64(j * bits)) & mask)]
-    for part in range(len(step)):
-        scale, base = step[part], low[part]
+                out[8 * i + j] = table[v, j]
+    elif bits == 3 and count % 8 == 0:
+        for i in range(count // 8):
+            a = np.int64(codes[row, token, 3 * i])
+            b = np.int64(codes[row, token, 3 * i + 1])
+            c = np.int64(codes[row, token, 3 * i + 2])
+            first, second = a | (b & 15) << 8, b >> 4 | c << 4
+            for j in range(4):
+                out[8 * i + j] = table[first, j]
+            for j in range(4):
+                out[8 * i + 4 + j] = table[second, j]
+    else:
+        _decode_any(codes, row, token, bits, table, out)
+    for part in range(step.shape[2]):
+        scale, base = step[row, token, part], low[row, token, part]
         for i in range(part * group, min(part * group + group, count)):
             out[i] = out[i] * scale + base
+
+
+@_inlined
+def _decode_any(codes: Any, row: int, token: int, bits: int, table: Any, out: Any) -> None:
+    """One token of any width: a code is in one byte or in two."""
+    mask, last = (1 << bits) - 1, codes.shape[2] - 1
+    for i in range(len(out)):
+        place = i * bits // 8
+        word = np.int64(codes[row, token, place]) | np.int64(codes[row, token, min(place + 1, last)]) << 8
+        out[i] = table[word >> (i * bits - 8 * place) & mask, 0]
 
 
 @_summing
@@ -89,7 +127,7 @@ def scores_of(
     codes: Any,
     step: Any,
     low: Any,
-    levels: Any,
+    table: Any,
     bits: int,
     group: int,
     queries: Any,
@@ -103,7 +141,7 @@ def scores_of(
     for block in range(first, last):
         row, start = block // blocks, block % blocks * _BLOCK
         for token in range(start, min(start + _BLOCK, tokens)):
-            _decode(codes[row, token], step[row, token], low[row, token], levels, bits, group, one)
+            _decode(codes, row, token, bits, table, step, low, group, one)
             for n in range(queries.shape[1]):
                 total = np.float32(0)
                 for i in range(width):
@@ -118,7 +156,7 @@ def sums_of(
     codes: Any,
     step: Any,
     low: Any,
-    levels: Any,
+    table: Any,
     bits: int,
     group: int,
     weights: Any,
@@ -132,7 +170,7 @@ def sums_of(
     for block in range(first, last):
         row, place = block // blocks, block % blocks
         for token in range(place * _BLOCK, min(place * _BLOCK + _BLOCK, tokens)):
-            _decode(codes[row, token], step[row, token], low[row, token], levels, bits, group, one)
+            _decode(codes, row, token, bits, table, step, low, group, one)
             for n in range(weights.shape[1]):
                 weight = weights[row, n, token]
                 for i in range(width):
