@@ -67,7 +67,7 @@ MinP = Annotated[
 Repeat = Annotated[
     float | None,
     typer.Option(
-        "--repeat-penalty", "--repetition-penalty", help="Above 1, words that are there become less likely.",
+        "--repeat-penalty", "--repetition-penalty", help="Above 1, words the answer has become less likely.",
         show_default=False,
     ),
 ]  # fmt: skip

@@ -185,6 +185,9 @@ def _remarks(row: dict[str, Any], bullets: int) -> list[str]:
         f"it says {word!r} {count} times: to the model these are ordinary words"
         for word, count in document["control_words"].items()
     ]
+    again = len(row["bullets"]) - len(set(row["bullets"]))
+    if again:
+        lines.append(f"{again} of the bullets say again what others say: --repeat-penalty 1.1 may help")
     if len(row["bullets"]) < bullets:
         lines.append(f"the model wrote {len(row['bullets'])} of {bullets} bullets: {STOPPED[row['stopped']]}")
     return lines

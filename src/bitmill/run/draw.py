@@ -25,7 +25,7 @@ class Sampling:
         top_k: how many of the likeliest are left; 0 is all.
         top_p: the likeliest whose chances reach this together are left; 1 is all.
         min_p: those with at least this share of the likeliest's chance are left; 0 is all.
-        repeat: what the logits of tokens that are there already are divided by (multiplied, below zero).
+        repeat: what the logits of tokens that the answer has already are divided by (multiplied, below zero).
         seed: of the draws.
     """
 
@@ -134,7 +134,7 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator, seen: S
 
     Args:
         logits: one a token of the vocabulary.
-        seen: tokens of the prompt and the answer so far, which a repetition penalty is about.
+        seen: the tokens that a repetition penalty is about.
 
     Raises:
         Unsolvable: the logits are not numbers.

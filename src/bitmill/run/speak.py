@@ -189,16 +189,15 @@ class Speaker:
         most, stopped = min(limit, room), "max-tokens" if limit <= room else "context"
         tokenizer = self.ready.opened.tokenizer
         words = Words(tokenizer, self._ids[len(self._ids) - opened :])
-        seen, logits = list(self._ids), read.logits
+        logits = read.logits
         ids: list[int] = []
         text, first = "", None
         for count in range(most):
-            token = draw(logits, sampling, generator, seen)
+            token = draw(logits, sampling, generator, ids)
             if token in self.ready.opened.ends:
                 stopped = "end"
                 break
             ids.append(token)
-            seen.append(token)
             piece = words.add(token)
             if piece:
                 text += piece
