@@ -171,10 +171,55 @@ def test_the_cache_holds_what_was_predicted(tiny_llama: Path, dtype: str) -> Non
     wide = {"f32": 4, "bf16": 2}[dtype]
     assert speaker.held_bytes == 2 * 3 * 48 * 2 * 32 * wide
     config = found.opened.checkpoint.config
-    assert cache_prediction(config, dtype, 48) == speaker.held_bytes
+    assert cache_prediction(config, dtype, 48, packed=False) == speaker.held_bytes
     assert found.weight_bytes >= found.opened.weights * wide
-    assert cache_prediction(config, "nonsense", 48) is None
-    assert cache_prediction({"model_type": "unheard-of"}, dtype, 48) is None
+    assert cache_prediction(config, "nonsense", 48, packed=True) is None
+    assert cache_prediction({"model_type": "unheard-of"}, dtype, 48, packed=False) is None
+
+
+PACKED = (
+    "f16",
+    "q8_0",
+    "q4_0-rot",
+    "fp8",
+    "int4-g32",
+    "kivi-2",
+    "turboquant-3.5",
+    "k=q8_0,v=int4-g32,ends=1",
+)
+
+
+@pytest.mark.parametrize("kv", PACKED)
+def test_packed_caches_hold_what_was_predicted(ready: Ready, kv: str) -> None:
+    speaker = Speaker(ready, kv, chunk=16)
+    spoken = said(speaker, PROMPT, 9)
+    config = ready.opened.checkpoint.config
+    assert speaker.packed and speaker.held_tokens == 48 and len(spoken.ids) == 9
+    assert speaker.held_bytes == cache_prediction(config, kv, 48, packed=True)
+    longer = [*PROMPT, *spoken.ids, 9, 8, 7]
+    assert speaker.read(longer).reused == 48
+    assert speaker.held_bytes == cache_prediction(config, kv, len(longer), packed=True)
+    back = speaker.read(longer[:20])
+    assert back.reused == 19
+    alone = Speaker(ready, kv, chunk=16).read(longer[:20])
+    assert torch.allclose(back.logits, alone.logits, atol=0.05), "a rounding may turn, no more"
+
+
+def test_caches_take_turns_with_one_model(ready: Ready) -> None:
+    plain, packed = Speaker(ready), Speaker(ready, "f32,f16")
+    wanted = said(plain, PROMPT)
+    assert said(packed, PROMPT).ids == wanted.ids and packed.held_bytes > 0
+    plain.forget()
+    assert said(plain, PROMPT).ids == wanted.ids
+    assert ready.model.config._attn_implementation == "sdpa"
+
+
+def test_a_cache_of_eight_bits_says_nearly_the_same(ready: Ready) -> None:
+    wanted = torch.log_softmax(Speaker(ready).read(PROMPT).logits, -1)
+    found = torch.log_softmax(Speaker(ready, "q8_0").read(PROMPT).logits, -1)
+    coarse = torch.log_softmax(Speaker(ready, "int2-g32").read(PROMPT).logits, -1)
+    near, far = ((wanted.exp() * (wanted - other)).sum() for other in (found, coarse))
+    assert 0 <= near < 0.01 and near < 0.2 * far
 
 
 def test_held_bytes_count_memory_once() -> None:

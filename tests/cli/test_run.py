@@ -175,6 +175,14 @@ def test_a_stopped_turn_is_forgotten(
     assert said.code == 0 and "this turn is forgotten" in said.err and said.out.strip() == plain.strip()
 
 
+def test_a_packed_cache(command: Command, tiny_llama: Path) -> None:
+    found = command("run", tiny_llama, "Why?", *WORDS, "--kv", "q4_0", "--json").json
+    cache = found["memory"]["cache"]
+    assert cache["kv"] == "q4_0" and cache["bytes"] == cache["predicted_bytes"] > 0
+    said = command("run", tiny_llama, "Why?", *WORDS, "--kv", "q4_0", "--chunk", "4")
+    assert said.out == f"{found['answer']}\n" and "as q4_0" in said.err
+
+
 def test_a_terminal_is_not_commanded_by_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     from bitmill.cli.speaking import shown
 
@@ -206,6 +214,8 @@ def test_several_beside_one_another(command: Command, tiny_llama: Path, tmp_path
     paper = tmp_path / "paper.md"
     paper.write_text("The wheel turns. " * 10)
     words = ("summarize", paper, tiny_llama, other, tiny_llama, "-b", "1", "-n", "12", "--compare")
+    both = command(*words, "--kv", "f32", "--kv", "turboquant-3").out.splitlines()
+    assert sum("turboquant-3" in line for line in both[:8]) == 3 and "as the first" in both[6]
     said = command(*words)
     lines = said.out.splitlines()
     assert said.code == 0 and lines[0].split()[:2] == ["model", "cache"] and len(lines) > 8

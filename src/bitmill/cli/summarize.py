@@ -39,7 +39,8 @@ Kvs = Annotated[
     list[str] | None,
     typer.Option(
         "--kv", "--kv-cache-dtype", metavar="METHOD",
-        help="What keys and values are kept as; several with --compare. [default: what is computed in]",
+        help="What keys and values are kept as: q8_0, q4_0-rot, turboquant-3.5, kivi-2, fp8 … "
+        "(docs/caches.md); several with --compare. [default: what is computed in]",
         show_default=False,
     ),
 ]  # fmt: skip

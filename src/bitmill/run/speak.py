@@ -12,11 +12,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedTokenizerFast
 
 from bitmill.core.errors import Refused
-from bitmill.run.attention import attend_packed
-from bitmill.run.cache import PackedCache
 from bitmill.run.draw import Sampling, draw
-from bitmill.run.held import held_bytes
-from bitmill.run.kept import new_cache
+from bitmill.run.kept import attend, cache_bytes, is_packed, new_cache
 from bitmill.run.ready import Opened, Ready
 
 CHUNK = 512
@@ -121,10 +118,7 @@ class Speaker:
         self._ids: list[int] = []
 
     def _new(self) -> Cache:
-        cache = new_cache(self.kv, self.ready.model.config, self.ready.dtype)
-        if isinstance(cache, PackedCache):
-            attend_packed(self.ready.model)
-        return cache
+        return new_cache(self.kv, self.ready.model.config, self.ready.dtype)
 
     def forget(self) -> None:
         """Start with an empty cache; needed after an interruption, which may leave a step half done."""
@@ -133,12 +127,12 @@ class Speaker:
     @property
     def held_bytes(self) -> int:
         """Bytes that the cache holds."""
-        return self._cache.bytes_ if isinstance(self._cache, PackedCache) else held_bytes(self._cache)
+        return cache_bytes(self._cache)
 
     @property
     def packed(self) -> bool:
-        """Whether the cache is packed, and not transformers' own."""
-        return isinstance(self._cache, PackedCache)
+        """Whether the cache is a packed one, and not transformers' own."""
+        return is_packed(self.kv, self.ready.dtype)
 
     @property
     def held_tokens(self) -> int:
@@ -156,6 +150,7 @@ class Speaker:
         """
         check_room(len(ids), self.context, self.ready.opened.trained)
         started = time.perf_counter()
+        attend(self.ready.model, self._cache)
         reused = self._rewound(ids)
         at, logits = reused, torch.empty(0)
         while at < len(ids):
@@ -228,7 +223,7 @@ class Speaker:
         """Whether the cache could give up its last tokens; one with windows that are full cannot."""
         try:
             self._cache.crop(-tokens)
-        except (RuntimeError, ValueError, Refused):
+        except (Refused, RuntimeError, ValueError):
             return False
         return int(self._cache.get_seq_length()) == len(self._ids) - tokens
 
