@@ -33,6 +33,7 @@ from bitmill.cli.quantize import quantize
 from bitmill.cli.recipes import SENTENCE, recipes
 from bitmill.cli.run import run
 from bitmill.cli.summarize import summarize
+from bitmill.cli.verify import verify
 from bitmill.core import registry
 from bitmill.core.axes import Container, Grid
 from bitmill.core.inputs import CACHES, EXAMPLES
@@ -61,8 +62,8 @@ grid = "Q4_K_M"
 'ffn_(gate|up)' = "q5_k"
 ```"""
 VERBS: tuple[Callable[..., None], ...] = (
-    quantize, measure, convert, run, summarize, plan, budget, advise, inspect_file, imatrix, names, recipes,
-    doctor,
+    quantize, measure, convert, run, summarize, plan, verify, budget, advise, inspect_file, imatrix, names,
+    recipes, doctor,
 )  # fmt: skip
 AXES = {
     "transforms": "A change of basis that makes weights easier to store. It is folded into the model, so "

@@ -72,7 +72,8 @@ ARROWS: dict[str, set[str]] = {
     "transfer": _MILLED | {"mill", "walk", "conversion", "relabel"},
     "several": _MILLED | {"mill", "walk", "transfer", "tuning", "rotating"},
     "run": _FACTS | {"source"},
-    "advise": _PLANNED | {"planning", "run"},
+    "trust": _FACTS | {"source", "calibrate"},
+    "advise": _PLANNED | {"planning", "run", "trust"},
     "measurement": _MILLED | {"mill", "run"},
     "sweep": _MILLED | {"mill", "several", "measurement", "advise", "pages"},
     "pages": _BASE | {"measurement", "advise", "journal", "source"},
@@ -91,6 +92,7 @@ ARROWS: dict[str, set[str]] = {
         "adapters",
         "ternary",
         "training",
+        "trust",
     },
     "__main__": {"cli"},
     "": set(),  # bitmill/__init__.py names modules as text, and imports none

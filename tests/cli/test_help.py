@@ -18,6 +18,7 @@ VERBS = (
     "run",
     "summarize",
     "plan",
+    "verify",
     "budget",
     "advise",
     "inspect",

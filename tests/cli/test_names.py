@@ -20,3 +20,17 @@ def test_the_names_everybody_meets(command: Command) -> None:
 def test_an_unknown_name(command: Command) -> None:
     said = command("names", "Q4_K_N")
     assert said.code == 2 and "did you mean" in said.err and not said.out
+
+
+def test_an_unknown_name_among_known_ones(command: Command) -> None:
+    said = command("names", "Q4_K_M", "Q4_K_N", "W4A16", "zzzzz")
+    assert said.code == 2
+    assert "\nW4A16\n" in said.out and said.out.startswith("Q4_K_M\n")
+    assert "'Q4_K_N'" in said.err and "Q4_K_M" in said.err and "'zzzzz'" in said.err
+    found = command("names", "Q4_K_N", "Q4_K_M", "--json")
+    assert found.code == 2
+    assert [(one["name"], one.get("unknown", False)) for one in found.json] == [
+        ("Q4_K_M", False),
+        ("Q4_K_N", True),
+    ]
+    assert "Q4_K_M" in found.json[1]["nearest"] and found.json[1]["nearest"][0].startswith("Q4_K_")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bitmill.advise.memory import Model
-from bitmill.advise.runtimes import Runtime, runtime_named, runtime_of
+from bitmill.advise.runtimes import RUNTIMES, Runtime, runtime_named, runtime_of
 from bitmill.advise.shape_config import config_shape
 from bitmill.advise.shape_gguf import gguf_shape
 from bitmill.advise.weights import folder_weights, gguf_weights, image_weights
@@ -15,6 +15,7 @@ from bitmill.containers.gguf import Gguf
 from bitmill.core.axes import Checkpoint
 from bitmill.core.errors import Refused
 from bitmill.planning import Plan
+from bitmill.trust.contracts import method_of, target
 
 
 def as_it_is(path: Path, runtime: str | None = None, card: bool = False) -> Model:
@@ -63,9 +64,20 @@ def planned(plan: Plan, source: Checkpoint, runtime: str | None = None, card: bo
 def _runtime(name: str | None, container: str, card: bool) -> Runtime:
     if name is None:
         return runtime_of(container, card)
-    runtime = runtime_named(name)
-    if (container == "gguf") != (name == "llama.cpp"):
-        raise Refused(
-            f"{name} does not run {container} files", fix=f"--runtime {runtime_of(container, card).name}"
-        )
+    runtime, to = runtime_named(name), target(name)
+    usual = f"--runtime {runtime_of(container, card).name}"
+    if to.contract.method(method_of(container), to.version) is None:
+        raise Refused(f"{name} does not run {container} files", fix=usual)
+    if container == "gguf" and name != "llama.cpp":
+        raise Refused(f"what {name} makes of {container} files in memory is not modelled", fix=usual)
     return runtime
+
+
+def modelled(runtime: str | None) -> str | None:
+    """The program that memory is modelled for, of ``NAME[@VERSION]``; None for one whose memory is not.
+
+    Raises:
+        Refused: there is no such program at all.
+    """
+    name = None if runtime is None else target(runtime).contract.name
+    return name if name in RUNTIMES else None

@@ -95,16 +95,26 @@ def explain(name: str) -> Explained:
     Raises:
         BadRecipe: it means nothing that is known here; with the closest that does.
     """
-    for part in _candidates(name):
-        found = _explained(name, part)
-        if found is not None:
-            return found
-    known = [*KNOWN, *(mixture.lower() for mixture in Mixture.names())]
-    close = difflib.get_close_matches(
-        name.lower().replace("_", "-"), [k.replace("_", "-") for k in known], n=3
-    )
+    found = find(name)
+    if found is not None:
+        return found
+    close = nearest(name)
     hint = f"did you mean {' or '.join(close)}?" if close else "`bitmill recipes` lists what can be made"
     raise BadRecipe(f"{name!r} is no name of a quantization that is known here", fix=hint)
+
+
+def find(name: str) -> Explained | None:
+    """What ``name`` means; None when nothing that is known here."""
+    found = (_explained(name, part) for part in _candidates(name))
+    return next((one for one in found if one is not None), None)
+
+
+def nearest(name: str) -> tuple[str, ...]:
+    """Names that are known here and spelt most like this one; none where none is alike."""
+    mixtures = {mixture.lower().replace("_", "-"): mixture for mixture in Mixture.names()}
+    spelt = {**{key: key for key in KNOWN}, **mixtures}
+    close = difflib.get_close_matches(name.lower().replace("_", "-"), spelt, n=3)
+    return tuple(spelt[key] for key in close)
 
 
 def _candidates(name: str) -> list[str]:

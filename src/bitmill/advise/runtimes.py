@@ -12,6 +12,7 @@ from types import MappingProxyType
 from bitmill.advise.cache_types import GGML, CacheType, joined
 from bitmill.advise.shape import Kept
 from bitmill.core.errors import Refused
+from bitmill.trust.contracts import method_of, target
 
 ALIGNMENT = 32
 """llama.cpp starts every tensor of a buffer in memory at a multiple of this."""
@@ -164,13 +165,15 @@ _ALL = (
 )
 RUNTIMES: Mapping[str, Runtime] = MappingProxyType({runtime.name: runtime for runtime in _ALL})
 _OF_CONTAINER = {"gguf": "llama.cpp", "mlx": "mlx"}
-_SERVED = ("awq", "compressed-tensors", "fp8", "gptq", "gpt-oss", "modelopt")
 
 
 def runtime_of(container: str, card: bool) -> Runtime:
-    """The program that files of a container are usually run with, with a card or without."""
-    usual = "vllm" if card and container in _SERVED else "transformers"
-    return RUNTIMES[_OF_CONTAINER.get(container, usual)]
+    """The program that files of a container are usually run with, with a card or without: by the tables of
+    what each loads (:mod:`bitmill.trust.contracts`)."""
+    serving = target("vllm")
+    method = serving.contract.method(method_of(container), serving.version)
+    plain = method is not None and method.level == "note" and not method.needs and method.name != "dense"
+    return RUNTIMES[_OF_CONTAINER.get(container, "vllm" if card and plain else "transformers")]
 
 
 def runtime_named(name: str) -> Runtime:

@@ -289,11 +289,18 @@ def _part_paths(path: Path) -> list[Path]:
 
 def planned_file(head: bytes, bytes_: int) -> tuple[Mapping[str, Any], Mapping[str, GgufTensor]]:
     """Keys and tensors of a file to come, from its head and its size; the head is one of ours."""
-    cursor = Cursor(head, Path("planned.gguf"), bytes_)
-    _, tensor_count, key_count = _preamble(cursor)
-    keys, raw = _read_keys(cursor, key_count)
-    records = [_read_record(cursor) for _ in range(tensor_count)]
-    return keys, _place(cursor, records, _alignment(cursor, keys, raw), 0)
+    _, _, _, keys, _, tensors = _read_head(Cursor(head, Path("planned.gguf"), bytes_), 0)
+    return keys, tensors
+
+
+def parse_header(data: bytes, path: Path) -> tuple[Mapping[str, Any], Mapping[str, GgufTensor]]:
+    """Keys and tensors of a whole file that is in memory, verified as any file is.
+
+    Raises:
+        BadFile: anything does not add up, with the byte it was met at.
+    """
+    _, _, _, keys, _, tensors = _read_head(Cursor(data, path), 0)
+    return keys, tensors
 
 
 def _parse(path: Path, index: int) -> _Part:
@@ -304,16 +311,22 @@ def _parse(path: Path, index: int) -> _Part:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise BadFile(f"cannot read the file: {error.strerror}", where=str(path)) from error
-    cursor = Cursor(data, path)
+    return _Part(path, data, *_read_head(Cursor(data, path), index))
+
+
+_Head = tuple[int, int, int, Mapping[str, Any], Mapping[str, bytes], Mapping[str, GgufTensor]]
+"""Version, alignment, bytes, keys, their exact bytes, tensors."""
+
+
+def _read_head(cursor: Cursor, index: int) -> _Head:
+    """Everything before the data, verified; ``index`` is of the part of a split file."""
     version, tensor_count, key_count = _preamble(cursor)
     keys, raw = _read_keys(cursor, key_count)
     alignment = _alignment(cursor, keys, raw)
     records = [_read_record(cursor) for _ in range(tensor_count)]
     header_bytes = cursor.at
     tensors = _place(cursor, records, alignment, index)
-    return _Part(
-        path, data, version, alignment, header_bytes, MappingProxyType(keys), MappingProxyType(raw), tensors
-    )
+    return version, alignment, header_bytes, MappingProxyType(keys), MappingProxyType(raw), tensors
 
 
 def _preamble(cursor: Cursor) -> tuple[int, int, int]:

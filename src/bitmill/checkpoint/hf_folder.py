@@ -32,9 +32,11 @@ CARRIED = (
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+"""Endings of files that are pickled by habit: loading one can run any code it contains."""
+
 _MOST_JSON = 64 << 20
 _MOST_CARRIED = 256 << 20
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def parse_object(text: bytes, where: str, what: str) -> dict[str, Any]:
@@ -141,7 +143,7 @@ def weight_files(folder: Path) -> tuple[tuple[Path, ...], Mapping[str, str]]:
             where=str(folder),
             fix="fetch the index file too",
         )
-    pickled = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLED)
+    pickled = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in PICKLED)
     if pickled:
         raise Refused(
             f"the weights are pickled ({pickled[0]}): loading them can run any code they contain",

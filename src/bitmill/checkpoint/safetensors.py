@@ -94,13 +94,24 @@ def read_header(path: Path) -> Header:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, _MOST_HEADER):
-                raise _bad(
-                    path, f"the header announces {length:,} bytes; the file has {size:,}", truncated=True
-                )
+            _check_length(path, length, size)
             text = file.read(length)
     except OSError as error:
         raise BadFile(f"cannot read the file: {error.strerror}", where=str(path)) from error
+    return parse_header(length.to_bytes(8, "little") + text, size, path)
+
+
+def parse_header(raw: bytes, size: int, path: Path) -> Header:
+    """Verify the header that ``raw`` begins with, of a file of ``size`` bytes, on disk or to come.
+
+    Raises:
+        BadFile: anything does not add up, with the tensor it was met in.
+    """
+    length = int.from_bytes(raw[:8], "little")
+    _check_length(path, length, size)
+    text = raw[8 : 8 + length]
+    if len(text) < length:
+        raise _bad(path, f"the header ends after {len(text):,} of {length:,} bytes", truncated=True)
     if not text.startswith(b"{"):
         raise _bad(path, "the header does not start with '{': this is not a safetensors file")
     entries = parse_object(text, str(path), "the header")
@@ -111,8 +122,12 @@ def read_header(path: Path) -> Header:
         (_record(path, n, e, 8 + length) for n, e in entries.items()), key=lambda r: (r.offset, r.bytes_)
     )
     _check_tiling(path, records, 8 + length, size)
-    raw = length.to_bytes(8, "little") + text
-    return Header(tuple(records), MappingProxyType(metadata), raw, size)
+    return Header(tuple(records), MappingProxyType(metadata), raw[: 8 + length], size)
+
+
+def _check_length(path: Path, length: int, size: int) -> None:
+    if size < 8 or length > min(size - 8, _MOST_HEADER):
+        raise _bad(path, f"the header announces {length:,} bytes; the file has {size:,}", truncated=True)
 
 
 def _record(path: Path, name: str, entry: Any, start: int) -> Record:

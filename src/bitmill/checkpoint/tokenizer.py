@@ -10,13 +10,22 @@ from jinja2.exceptions import TemplateError
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
+from bitmill.checkpoint.chat_template import scan
 from bitmill.checkpoint.tokenizer_keys import backend, gguf_keys, parsed
 from bitmill.core.axes import Checkpoint
 from bitmill.core.errors import BadFile, Refused
 
-__all__ = ["NASTY", "gguf_keys", "load_tokenizer", "parity", "render_chat", "tokenizer_from"]
+__all__ = [
+    "NASTY",
+    "chat_parity",
+    "gguf_keys",
+    "load_tokenizer",
+    "parity",
+    "render_chat",
+    "token_parity",
+    "tokenizer_from",
+]
 
-_LONGEST_TEMPLATE = 256 << 10
 _LONGEST_CHAT = 16 << 20
 _TEMPLATE_FAULTS = (
     TemplateError,
@@ -118,20 +127,22 @@ def render_chat(
 ) -> str:
     """The text a model sees for these messages.
 
-    The template is a program from the model's file. It runs in jinja2's immutable sandbox, which transformers
-    uses: no attributes that lead to Python's internals, no changes to what it is given, loops over at most
-    100 000 numbers. Nested loops and long multiplications still cost what they cost: render templates of
-    strangers in a process of their own.
+    The template is a program from the model's file. It is run only where its syntax shows nothing that no
+    honest template does (:mod:`~bitmill.checkpoint.chat_template`), and in jinja2's immutable sandbox, which
+    transformers uses: no attributes that lead to Python's internals, no changes to what it is given, loops
+    over at most 100 000 numbers. Nested loops and long multiplications still cost what they cost: render
+    templates of strangers in a process of their own, as :mod:`bitmill.trust` does.
 
     Raises:
         Refused: the tokenizer has no template.
-        BadFile: the template is absurdly long, fails, or makes an absurdly long text.
+        BadFile: the template does what none should, fails, or makes an absurdly long text.
     """
     template = tokenizer.chat_template
     if not isinstance(template, str) or not template:
         raise Refused("the model has no chat template", fix="send it plain text instead of messages")
-    if len(template) > _LONGEST_TEMPLATE:
-        raise BadFile(f"the chat template has {len(template)} characters; {_LONGEST_TEMPLATE} are allowed")
+    refused = next((remark for remark in scan(template) if remark.grave), None)
+    if refused is not None:
+        raise BadFile(f"the chat template is not rendered: {refused.what}", where=f"line {refused.line}")
     try:
         text = tokenizer.apply_chat_template(
             [dict(m) for m in messages], tokenize=False, add_generation_prompt=add_generation_prompt
@@ -148,9 +159,16 @@ def render_chat(
 def parity(a: PreTrainedTokenizerFast, b: PreTrainedTokenizerFast, texts: Sequence[str] = NASTY) -> list[str]:
     """Every difference found between two tokenizers, one sentence each; empty when they are interchangeable.
 
-    Compares vocabularies, added tokens, special ids, the ids of ``texts`` and of every added token inside a
-    sentence, what those ids decode to, and rendered chats.
+    Compares what :func:`token_parity` and :func:`chat_parity` compare.
     """
+    return token_parity(a, b, texts) + chat_parity(a, b)
+
+
+def token_parity(
+    a: PreTrainedTokenizerFast, b: PreTrainedTokenizerFast, texts: Sequence[str] = NASTY
+) -> list[str]:
+    """Differences in vocabularies, added tokens, special ids, the ids of ``texts`` and of every added token
+    inside a sentence, and in what those ids decode to."""
     found: list[str] = []
     if a.get_vocab() != b.get_vocab():
         apart = a.get_vocab().items() ^ b.get_vocab().items()
@@ -173,10 +191,11 @@ def parity(a: PreTrainedTokenizerFast, b: PreTrainedTokenizerFast, texts: Sequen
             if a.decode(ours) != b.decode(theirs):
                 found.append(f"the ids of {text[:40]!r} decode to other text")
                 break
-    return found + _chat_differences(a, b)
+    return found
 
 
-def _chat_differences(a: PreTrainedTokenizerFast, b: PreTrainedTokenizerFast) -> list[str]:
+def chat_parity(a: PreTrainedTokenizerFast, b: PreTrainedTokenizerFast) -> list[str]:
+    """Differences between the chats that two tokenizers render."""
     if bool(a.chat_template) != bool(b.chat_template):
         return ["only one of them has a chat template"]
     if not a.chat_template:

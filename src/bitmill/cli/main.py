@@ -31,6 +31,7 @@ from bitmill.cli.run import run
 from bitmill.cli.summarize import summarize
 from bitmill.cli.sweep import sweep
 from bitmill.cli.train_ternary import train_ternary
+from bitmill.cli.verify import verify
 from bitmill.core.errors import BitmillError
 
 ABOUT = """Quantize any language model with any method into the file your runtime already loads, and measure
@@ -40,6 +41,7 @@ what it cost.
     bitmill measure FILE --against MODEL      say what any quantized file cost
     bitmill convert FILE OUT                  the same values in another container
     bitmill run FILE "prompt"                 let any of them answer
+    bitmill verify FILE --for RUNTIME         say whether a file is sound, safe, and loads there
 
 MODEL is a Hugging Face folder, a .gguf file, a hub id (org/name) or smollm2, the small model that comes as a
 package. RECIPE is a name people already use (Q4_K_M, W4A16, nf4 …) or one line:
@@ -88,6 +90,7 @@ _add(run)
 _add(summarize)
 _add(plan)
 _add(inspect_file)
+_add(verify)
 _add(budget)
 _add(sweep)
 _add(bench)

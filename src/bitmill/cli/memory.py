@@ -57,9 +57,9 @@ MachineText = Annotated[
 RuntimeName = Annotated[
     str | None,
     typer.Option(
-        "--runtime", metavar="NAME",
-        help="What runs it: llama.cpp, transformers, vllm, mlx or bitmill. "
-        "[default: the container's usual one]",
+        "--runtime", "--for", metavar="NAME[@VERSION]",
+        help="What runs it: llama.cpp, transformers, vllm, sglang, mlx or bitmill, or a version (vllm@0.11). "
+        "A recipe that it cannot load is refused. [default: the container's usual one]",
         show_default=False,
     ),
 ]  # fmt: skip
@@ -101,15 +101,15 @@ def answer(
     from bitmill.advise.cliff import cliff
     from bitmill.advise.machine import machine
     from bitmill.advise.memory import Wanted, fit
-    from bitmill.advise.models import as_it_is, planned
+    from bitmill.advise.models import as_it_is, modelled, planned
     from bitmill.source import locate
 
     there = machine(asked.machine)
-    card = bool(there.cards)
+    card, program = bool(there.cards), modelled(asked.runtime)
     if made is not None and source is not None:
-        model = planned(made, source, asked.runtime, card)
+        model = planned(made, source, program, card)
     else:
-        model = as_it_is(locate(text, revision=revision), asked.runtime, card)
+        model = as_it_is(locate(text, revision=revision), program, card)
     types = cache_types(asked.kv or model.runtime.types[0])
     context = asked.context or min(USUAL_CONTEXT, model.shape.trained or USUAL_CONTEXT)
     wanted = Wanted(context, asked.parallel or 1, types)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitmill.cli import say
+from bitmill.cli import exits, say
 from bitmill.cli.options import Json
 
 if TYPE_CHECKING:
@@ -29,22 +29,32 @@ def names(
     """Explain names of quantizations: what each is, its bits, who runs it, what Bitmill calls it.
 
     Bits are computed from the layouts themselves: of the linears, and of a whole model of Llama 3 8B's shape.
-    A name that Bitmill does not make comes with what is nearest to it. Exits with 2 when a name is unknown.
+    A name that Bitmill does not make comes with what is nearest to it. Names that are unknown are listed with
+    the known ones they are most like, after all others are explained; then it exits with 2.
 
         bitmill names Q4_K_M IQ3_XXS UD-Q5_K_XL
         bitmill names W4A16 NVFP4 4.65bpw --json
         bitmill names Llama-3.1-8B-Instruct-Q4_K_L.gguf
     """
-    from bitmill.advise.naming import explain
+    from bitmill.advise.naming import find, nearest
 
-    found = [explain(text) for text in name]
+    found = {text: find(text) for text in name}
+    unknown = {text: nearest(text) for text, one in found.items() if one is None}
+    explained = [one for one in found.values() if one is not None]
     if json:
-        say.emit([one.to_json() for one in found])
-        return
-    for i, one in enumerate(found):
-        if i:
-            say.result()
-        show(one)
+        missed = [{"name": text, "unknown": True, "nearest": list(close)} for text, close in unknown.items()]
+        say.emit([*(one.to_json() for one in explained), *missed])
+    else:
+        for i, one in enumerate(explained):
+            if i:
+                say.result()
+            show(one)
+    for text, close in unknown.items():
+        say.note(f"bitmill: {text!r} is no name of a quantization that is known here")
+        said = f"did you mean {' or '.join(close)}?" if close else "`bitmill recipes` lists what can be made"
+        say.note(f"  try:   {said}")
+    if unknown:
+        raise typer.Exit(exits.FAILED)
 
 
 def show(one: Explained) -> None:

@@ -34,6 +34,7 @@ from bitmill.cli.options import (
     Strict,
     TensorType,
 )
+from bitmill.cli.verify import Cards, refuse_unloadable
 from bitmill.cli.wanted import Types, wanted
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def plan(
     kv: Kv = None,
     machine: MachineText = None,
     runtime: RuntimeName = None,
+    tp: Cards = 1,
     plot: Plot = None,
     rows: Annotated[
         bool, typer.Option("--rows", help="A line for every tensor, not for every kind.")
@@ -80,7 +82,7 @@ def plan(
     would, and how fast it would run. Without a recipe: the model as it is.
 
         bitmill plan smollm2 Q4_K_M
-        bitmill plan ./my-model "awq + gptq : int4-g128" --rows
+        bitmill plan ./my-model "awq + gptq : int4-g128" --rows --for vllm@0.11 --tp 2
         bitmill plan ./my-model Q4_K_M --context 32768 --kv q8_0 --machine vram=8GB,ram=32GB
         bitmill plan file.gguf --context 16384 --machine "rtx4090 + 64GB ddr5" --plot cliff.svg
     """
@@ -107,6 +109,7 @@ def plan(
         calibrated=bool(imatrix),
     )
     check_imatrix(made, source, imatrix, imatrix_missing)
+    refuse_unloadable([made], runtime, tp)
     found = answer(asked, model, revision, made, source) if asked.anything else None
     if json:
         say.emit({**made.to_json(), **({"memory": found.to_json()} if found is not None else {})})

@@ -47,6 +47,8 @@ TITLES = {
     "panels": "looking into tensors",
     "tier": "tiers",
     "bench": "timing",
+    "sums": "checksums",
+    "values": "looking at values",
 }
 
 

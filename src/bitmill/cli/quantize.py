@@ -45,6 +45,7 @@ from bitmill.cli.options import (
     Text,
 )  # fmt: skip
 from bitmill.cli.progress import Teller
+from bitmill.cli.verify import Cards, LoadedBy, refuse_unloadable
 from bitmill.cli.wanted import Types, wanted
 from bitmill.core.errors import Refused
 
@@ -92,50 +93,50 @@ def quantize(
     fit: budgets.Fit = False,
     damage: budgets.DamageFile = None,
     solver: budgets.SolverName = "gptq",
+    runtime: LoadedBy = None,
+    tp: Cards = 1,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Quantize MODEL by RECIPE into OUT, and measure what it cost.
 
     Everything that can be wrong is refused before the first weight is read. A run that is interrupted goes on
-    where it was when the same command is given again. OUT appears whole, by one rename, or not at all; beside
-    it lies the report of the run, OUT.report.json.
+    where it was when the command is given again. OUT appears whole or not at all; beside it, OUT.report.json.
 
         bitmill quantize smollm2 "gptq : q4_0, embed=q8_0" -o smollm2.gguf
         bitmill quantize ./my-model W4A16 -o my-model-w4a16 --calib chats.jsonl --chat
-        bitmill quantize org/name --bits 4 --group-size 64 -o name-int4 --dry-run
+        bitmill quantize org/name --bits 4 --group-size 64 -o name-int4 --for vllm --dry-run
         bitmill quantize ./my-model --bpw 4.5 -o my-model.gguf
         bitmill quantize ./my-model Q4_K_M W4A16 -o my-model.gguf -o my-model-w4a16
 
-    Several outputs share the text they calibrate on, and the solution where only containers differ. Otherwise
-    each has a pass of its own, since its moments come from its own quantized blocks: it is what it is alone.
+    Several outputs share the text they calibrate on, and the solution where only containers differ.
     """
     from bitmill.planning import plan as make_plan
     from bitmill.source import open_source
 
-    file = (split_max_size, split_max_tensors, pre_tokenizer)
-    types = Types(tensor_type or (), output_tensor_type, token_embedding_type, pure, *file)
+    parts = (split_max_size, split_max_tensors, pre_tokenizer)
+    types = Types(tensor_type or (), output_tensor_type, token_embedding_type, pure, *parts)
     limits = budgets.Limits(bpw, size, fit, damage, solver)
     limits.refuse_others(bool(recipe) or bits is not None, bool(keep) or types != Types())
     asked: Sequence[str | None] = recipe or (None,)
-    recipes = [] if limits.given else [wanted(one, keep or [], bits, group_size, types) for one in asked]
     outs: Sequence[Path | None] = out or (None,) * len(asked)
+    recipes = [] if limits.given else [wanted(one, keep or [], bits, group_size, types) for one in asked]
     refuse_unpaired(len(asked), outs, dry_run, save_moments)
     source = open_source(model, revision=revision)
     if limits.given:
         seen = budgets.Drawn(calib, seqlen=seqlen, seed=seed, chat=chat, device=device)
         recipes = [budgets.recipe_for(source, limits, seen, outs[0])]
-    nsamples, seqlen = (0, 0) if imatrix else (nsamples, seqlen)
-    windows: dict[str, Any] = {"nsamples": nsamples, "seqlen": seqlen}
+    windows: dict[str, Any] = {"nsamples": 0 if imatrix else nsamples, "seqlen": 0 if imatrix else seqlen}
     how: dict[str, Any] = {**windows, "strict": strict, "calibrated": bool(calib or moments or imatrix)}
     plans = [make_plan(r, source, to, **how) for r, to in zip(recipes, outs, strict=True)]
+    refuse_unloadable(plans, runtime, tp)
     if dry_run:
         _plans(plans, source, imatrix or (), imatrix_missing, json)
         return
-    drawn = {"calib": calib or None, **windows, "seed": seed, "chat": chat, "device": device}
-    given = {"moments": moments, "imatrix": imatrix or (), "imatrix_missing": imatrix_missing}
-    conduct = {"save": save_moments, "force": force, "strict": strict, "resume": resume}
-    reports = _made(source, plans, out or (), {**drawn, **given, **conduct})
+    drawn: dict[str, Any] = {"calib": calib or None, **windows, "seed": seed, "chat": chat, "device": device}
+    drawn |= {"moments": moments, "imatrix": imatrix or (), "imatrix_missing": imatrix_missing}
+    drawn |= {"save": save_moments, "force": force, "strict": strict, "resume": resume}
+    reports = _made(source, plans, out or (), drawn)
     _account(reports, model, measuring.How(text=text, device=device, revision=revision), measure, json)
 
 

@@ -21,6 +21,7 @@ from bitmill.checkpoint.packed_folder import (
     known_cache,
     one_number,
 )
+from bitmill.checkpoint.patterns import compiled
 from bitmill.checkpoint.rotations import Rotation, basis_of_inputs, folded, is_matrix, rotations
 from bitmill.checkpoint.safetensors import DENSE, TensorFolder
 from bitmill.core.axes import Grid
@@ -37,7 +38,6 @@ _SCALE = ".weight_scale"
 _ASIDE = re.compile(
     r"\.(?:input_scale|input_zero_point|input_global_scale|output_scale|[kqv]_scale|[kqv]_zero_point)$"
 )
-_LONGEST_PATTERN = 4096
 _LARGEST = 1 << 31
 _FIXED = {"scale": "input_scale", "zero": "input_zero_point", "gain": "input_global_scale"}
 _E4M3 = {"tensor": "tensor", "channel": "channel", "block": "b128"}
@@ -179,12 +179,7 @@ def _group_of(module: str, groups: Sequence[tuple[list[str], _Group]], path: Pat
 
 
 def _matches(pattern: str, module: str, path: Path) -> bool:
-    if len(pattern) > _LONGEST_PATTERN:
-        raise BadFile("a target's pattern is too long", where=f"{path}: config_groups")
-    try:
-        return re.match(pattern, module) is not None
-    except re.error as error:
-        raise BadFile(f"{pattern!r} is not a pattern: {error}", where=f"{path}: config_groups") from error
+    return compiled(pattern, f"{path}: config_groups").match(module) is not None
 
 
 def _inputs(folder: TensorFolder, module: str, about: Mapping[str, Any], columns: int) -> Inputs:

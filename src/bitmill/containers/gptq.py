@@ -23,7 +23,7 @@ from typing import Any, ClassVar, final
 
 from bitmill.checkpoint.hf_folder import read_config
 from bitmill.checkpoint.packed_folder import PackedFolder, quantization_config
-from bitmill.checkpoint.patterns import patterns
+from bitmill.checkpoint.patterns import compiled, patterns
 from bitmill.checkpoint.safetensors import TensorFolder
 from bitmill.checkpoint.safetensors_write import (
     Planned,
@@ -53,7 +53,7 @@ METHOD = "gptq"
 _BITS = (2, 3, 4, 8)
 _GROUPS = (0, 16, 32, 64, 128, 256, 512, 1024)
 _WEIGHT = ".weight"
-_LONGEST_PATTERN, _SHOWN = 4096, 100
+_SHOWN = 100
 _LAYOUTS = {1: ("gptq", GPTQ_V1), 2: ("gptq_v2", GPTQ_V2)}
 
 
@@ -241,12 +241,7 @@ def _rules(settings: Mapping[str, Any], path: Path) -> list[_Rule]:
         pattern = text[2:] if text.startswith(("-:", "+:")) else text
         if not isinstance(change, dict) and not left:
             raise BadFile(f"{change!r} says nothing of a layer", where=f"{where}: {text[:_SHOWN]}")
-        if len(pattern) > _LONGEST_PATTERN:
-            raise BadFile("a pattern is too long", where=f"{where}: {text[:_SHOWN]}")
-        try:
-            rules.append((re.compile(pattern), None if left else change))
-        except re.error as error:
-            raise BadFile(f"{pattern!r} is not a pattern: {error}", where=where) from error
+        rules.append((compiled(pattern, where), None if left else change))
     return rules
 
 
