@@ -60,7 +60,7 @@ def test_what_bitmill_calls_it(name: str, recipe: str, runs: str) -> None:
         ("UD-Q5_K_XL", "Unsloth", "--bpw"), ("UD-IQ2_XXS", "Unsloth", "--bpw"),
         ("4.65bpw", "4.65 bits", "--bpw 4.65"), ("EXL3", "Trellis", "e8p"),
         ("IQ4_KS", "ik_llama.cpp", "IQ4_XS"),
-        ("BitNet", "trained", "TQ1_0"),
+        ("i2_s", "bitnet.cpp", "TQ1_0"),
         ("AQLM-2bit-1x16", "codebooks", "e8p"),
         ("W4A8KV4", "QServe", "w4a8"), ("turboquant", "keys and values", "--kv"),
         ("LLM-QAT", "training", "efficientqat"),
