@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from bitmill.checkpoint.safetensors import read_header
 from bitmill.checkpoint.safetensors_write import to_bytes
 from bitmill.core.axes import Checkpoint
 from bitmill.core.errors import Unsolvable
-from bitmill.core.types import Note, Row
+from bitmill.core.types import Row
 from bitmill.journal import Workspace
 from bitmill.training.course import Course
 from bitmill.training.pupil import Pupil
@@ -59,22 +58,7 @@ class AdapterJob:
 
     def run(self, identity: Mapping[str, Any], done: Sequence[Mapping[str, Any]], started: float) -> Report:
         """Learn, or go on learning; the report."""
-        if done and done[-1]["unit"] == FINISHED:
-            facts, notes = done[-1]["tuning"], done[-1]["notes"]
-        else:
-            facts, notes = self._learned(done[-1] if done else None)
-        return Report(
-            path=str(self.space.out),
-            plan=self.plan,
-            calibration=self.course.lessons.facts,
-            notes=tuple(Note(**note) for note in notes),
-            tensors={},
-            blocks={},
-            seconds=time.monotonic() - started,
-            resumed=len(done),
-            identity=identity,
-            tuning=facts,
-        )
+        return self.course.report(FINISHED, self._learned, self.plan, identity, done, started)
 
     def verify_sample(self) -> None:
         """Read the header of what was written as any reader would.

@@ -80,8 +80,9 @@ class MicroBatches:
         return sorted(found.items(), key=itemgetter(0))
 
     def _one(self, first: int) -> tuple[str, Tensor] | None:
-        one = self._inside.setdefault(first, greenlet(self._run))
-        return one.switch(first)
+        if first not in self._inside:  # in the thread that it stays in
+            self._inside[first] = greenlet(self._run)
+        return self._inside[first].switch(first)
 
     def close(self) -> None:
         """Out of the block, wherever they are: an error leaves the others inside, hooks and all."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from bitmill.checkpoint.digests import sha256_of
 from bitmill.core.errors import Refused
 from bitmill.measurement.report import give, half_width, percent, size
 from bitmill.pages.frontier import frontier
@@ -20,7 +20,6 @@ from bitmill.sweep.words import MATRIX
 
 SWEEP, CARD, SUMS, PLOT, PAGE = "sweep.json", "README.md", "SHA256SUMS", "size-loss.svg", "index.html"
 _LARGEST = 256 << 20
-_PIECE = 1 << 24
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 _OURS = "<!-- made by bitmill publish -->"
 
@@ -111,7 +110,7 @@ def write(folder: Folder, *, repo: str | None, license_: str | None, force: bool
     _put(folder.path / PLOT, on_paper(picture))
     _put(card, model_card(folder, repo, license_))
     names = [name for name in folder.files if name != SUMS]
-    _put(folder.path / SUMS, "".join(f"{_sha256(folder.path / n)}  {n}\n" for n in names))
+    _put(folder.path / SUMS, "".join(f"{sha256_of(folder.path / n)}  {n}\n" for n in names))
 
 
 def push(folder: Folder, repo: str, hub: Hub, *, private: bool) -> None:
@@ -211,14 +210,6 @@ def _plain(text: str) -> str:
 def _literal(name: str) -> str:
     """A pattern that matches this name alone."""
     return re.sub(r"([\[*?])", r"[\1]", name)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(_PIECE):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def _put(path: Path, text: str) -> None:

@@ -21,7 +21,7 @@ from bitmill.calibrate.skeleton import find_layers
 from bitmill.checkpoint.tokenizer import load_tokenizer
 from bitmill.core.axes import Checkpoint
 from bitmill.core.errors import Refused, Unsolvable
-from bitmill.core.types import Note, Quantized, Row
+from bitmill.core.types import Quantized, Row
 from bitmill.forecast import BASE_BYTES
 from bitmill.grids.ternary import Ternary
 from bitmill.journal import Boundary, Workspace
@@ -217,22 +217,7 @@ class _Job:
         self.course.tell(event, done, total, text)
 
     def run(self, identity: Mapping[str, Any], done: Sequence[Mapping[str, Any]], started: float) -> Report:
-        if done and done[-1]["unit"] == FINISHED:
-            facts, notes = done[-1]["tuning"], done[-1]["notes"]
-        else:
-            facts, notes = self._learned(done[-1] if done else None)
-        return Report(
-            path=str(self.space.out),
-            plan=self.made.to_json(),
-            calibration=self.course.lessons.facts,
-            notes=tuple(Note(**note) for note in notes),
-            tensors={},
-            blocks={},
-            seconds=time.monotonic() - started,
-            resumed=len(done),
-            identity=identity,
-            tuning=facts,
-        )
+        return self.course.report(FINISHED, self._learned, self.made.to_json(), identity, done, started)
 
     def verify_sample(self) -> None:
         """Read what was written as any reader would.

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bitmill.account import Report
 from bitmill.core.errors import Unsolvable
 from bitmill.core.types import Note
 from bitmill.journal import Workspace
@@ -72,6 +73,38 @@ class Course:
     space: Workspace
     tell: Progress
     event: str
+
+    def report(
+        self,
+        finished: str,
+        learn: Callable[[Mapping[str, Any] | None], tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]],
+        plan: Mapping[str, Any],
+        identity: Mapping[str, Any],
+        done: Sequence[Mapping[str, Any]],
+        started: float,
+    ) -> Report:
+        """The report of a run.
+
+        Args:
+            finished: the unit of the journal behind which nothing is left to learn.
+            learn: facts and notes, going on from the last unit that is ``done``, if any.
+        """
+        if done and done[-1]["unit"] == finished:
+            facts, notes = done[-1]["tuning"], done[-1]["notes"]
+        else:
+            facts, notes = learn(done[-1] if done else None)
+        return Report(
+            path=str(self.space.out),
+            plan=plan,
+            calibration=self.lessons.facts,
+            notes=tuple(Note(**note) for note in notes),
+            tensors={},
+            blocks={},
+            seconds=time.monotonic() - started,
+            resumed=len(done),
+            identity=identity,
+            tuning=facts,
+        )
 
     def learn(self, pupil: Pupil, kept: Mapping[str, Any] | None) -> Learned:
         """Every step, or those that are left behind what an interrupted run has ``kept``.

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+from bitmill.checkpoint.digests import sha256_of
 from bitmill.core.errors import BadFile, Refused
 from bitmill.trust.findings import Finding
 
 NAME = "SHA256SUMS"
 _LINE = re.compile(r"(?P<sum>[0-9a-fA-F]{64}) [ *](?P<name>.+)")
-_CHUNK = 4 << 20
 _MOST = 4 << 20  # bytes of a manifest
 
 Tell = Callable[[str, int, int, str], None]
@@ -36,7 +35,7 @@ def write_manifest(path: Path, tell: Tell) -> Path:
     lines = []
     for at, file in enumerate(files, 1):
         tell("sums", at, len(files), file.name)
-        lines.append(f"{_sum(file)}  {file.name}\n")
+        lines.append(f"{sha256_of(file)}  {file.name}\n")
     made = manifest_of(path)
     try:
         made.write_text("".join(lines), encoding="utf-8")
@@ -64,7 +63,7 @@ def compare(path: Path, tell: Tell) -> tuple[Finding, ...]:
             found.append(
                 Finding("error", "manifest", "it is listed and missing", str(file), "fetch it again")
             )
-        elif _sum(file) != expected:
+        elif sha256_of(file) != expected:
             found.append(
                 Finding("error", "manifest", "its SHA-256 is not the one listed", str(file), "fetch it again")
             )
@@ -102,14 +101,3 @@ def _read(manifest: Path) -> dict[str, str]:
             )
         found[name] = match["sum"].lower()
     return found
-
-
-def _sum(file: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with file.open("rb") as data:
-            while chunk := data.read(_CHUNK):
-                digest.update(chunk)
-    except OSError as error:
-        raise BadFile(f"cannot read the file: {error.strerror}", where=str(file)) from error
-    return digest.hexdigest()
