@@ -67,3 +67,15 @@ def test_refusals(command: Command, gptq: Path, tmp_path: Path, words: tuple[str
     heard = command("convert", *(word.format(gptq=gptq, out=tmp_path / "out") for word in words))
     assert heard.code == 2 and said in heard.err, heard.err
     assert not list(tmp_path.iterdir())
+
+
+def test_what_the_runtime_cannot_load_is_refused_before_it_is_written(
+    command: Command, gptq: Path, tmp_path: Path
+) -> None:
+    said = command("convert", gptq, "bitmill", "-o", tmp_path / "out", "--for", "vllm")
+    assert said.code == 2 and "vLLM" in said.err and "does not load" in said.err
+    words = ("-o", tmp_path / "ct", "--for", "vllm@0.11", "--tp", "2")
+    assert command("convert", gptq, "compressed-tensors", *words).code == 0
+    parted = command("convert", gptq, "gguf", "-o", tmp_path / "x.gguf", "--for", "llama.cpp", "--tp", "2")
+    assert parted.code == 2 and "does not part layers" in parted.err
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith("ct")] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,38 @@ def test_quantize_measures_at_its_end_and_says_so_as_json(
     assert (
         0 < said.json["measurement"]["kld"]["mean"] < 0.1 and said.json["plan"]["bytes"] == out.stat().st_size
     )
+
+
+def test_quantize_writes_the_page_of_its_run(
+    command: Command, tiny_llama: Path, text: Path, tmp_path: Path
+) -> None:
+    out, page = tmp_path / "q.gguf", tmp_path / "page.html"
+    words = ("--calib", text, "--nsamples", "4", "--seqlen", "32", "--seed", "7", "--text", text)
+    said = command("quantize", tiny_llama, "gptq : q4_0 > gguf", "-o", out, *words, "--html", page)
+    assert said.code == 0 and f"page: {page}" in said.err, said.err
+    shown = unescape(page.read_text(encoding="utf-8"))
+    drawn = f"--calib {text} --nsamples 4 --seqlen 32 --seed 7"
+    assert f"bitmill quantize {tiny_llama} 'gptq : Q4_0 > gguf' -o {out} {drawn}</code>" in shown
+    assert f"bitmill measure {out} --against {tiny_llama} --text {text}</code>" in shown
+    again = tmp_path / "again.html"
+    assert command("measure", out, "-a", tiny_llama, "-t", text, *SMALL, "--html", again).code == 0
+    known = f"-o {out.name} --nsamples 4 --seqlen 32 --seed 7</code>"
+    assert known in unescape(again.read_text(encoding="utf-8"))
+
+
+def test_a_page_without_a_place_or_a_measurement_is_refused_first(
+    command: Command, tiny_llama: Path, tmp_path: Path
+) -> None:
+    words = ("quantize", tiny_llama, "q8_0", "-o", tmp_path / "q.gguf", "--html")
+    for more, said in (
+        ((tmp_path / "p.html", "--no-measure"), "--no-measure finds nothing out"),
+        ((tmp_path / "p.html", "--dry-run"), "--dry-run makes no file"),
+        ((tmp_path / "absent" / "p.html",), "there is no such folder"),
+        ((tmp_path,), "is a folder"),
+    ):
+        found = command(*words, *more)
+        assert found.code == 2 and said in found.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_quantize_does_not_overwrite(command: Command, tiny_llama: Path, tmp_path: Path) -> None:

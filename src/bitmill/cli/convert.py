@@ -13,6 +13,7 @@ from bitmill.cli import plan as planned
 from bitmill.cli import say
 from bitmill.cli.options import DryRun, Force, Json, Out, Resume, Revision
 from bitmill.cli.progress import Teller
+from bitmill.cli.verify import Cards, LoadedBy, refuse_unloadable
 from bitmill.core.errors import Refused
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ def convert(
     resume: Resume = True,
     revision: Revision = None,
     rows: Rows = False,
+    runtime: LoadedBy = None,
+    tp: Cards = 1,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
@@ -81,7 +84,7 @@ def convert(
 
         bitmill convert ./model-gptq model.gguf
         bitmill convert ./model-gptq ./model-ct --to compressed-tensors
-        bitmill convert model-Q4_0.gguf compressed-tensors -o ./model-ct --dry-run
+        bitmill convert model-Q4_0.gguf compressed-tensors -o ./model-ct --for vllm@0.11 --dry-run
         bitmill convert model-Q4_K_M.gguf ./model-gptq --to gptq --requantize
         bitmill convert ./model-awq "nearest : q4_k > gguf" -o model.gguf
     """
@@ -96,6 +99,7 @@ def convert(
         raise Refused(f"--dtype {dtype!r}", fix=f"one of {', '.join(planned_dtypes())}")
     source = open_source(model, revision=revision)
     made = plan_conversion(wanted, source, path, dtype=dtype, requantize=requantize)
+    refuse_unloadable([made], runtime, tp)
     if dry_run:
         say.emit(made.to_json()) if json else planned.show(made, rows)
         return

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitmill.cli import exits, say
+from bitmill.cli import exits, page, say
 from bitmill.cli.options import Device, Json, Revision, Text
 from bitmill.cli.progress import Teller
 from bitmill.core.errors import Refused
@@ -62,14 +60,7 @@ def measure(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the bootstrap and of the noise floor.")] = 0,
     device: Device = "cpu",
     revision: Revision = None,
-    html: Annotated[
-        Path | None,
-        typer.Option(
-            "--html",
-            help="Write a page to look at: of the file, or of all files beside each other.",
-            show_default=False,
-        ),
-    ] = None,
+    html: page.Html = None,
     max_kld: Annotated[
         float | None, typer.Option("--max-kld", min=0, help="Largest mean KL divergence.", show_default=False)
     ] = None,
@@ -106,9 +97,10 @@ def measure(
         limit or [],
     )
     how = How(text, window, windows, every, chat, floor, seed, device, revision)
+    page.refuse(html)
     records = account(files, against, how)
     if html is not None:
-        _page(records, files, against, how, html)
+        page.measured(records, files, against, how, html)
     if json:
         say.emit(_plain(records))
     else:
@@ -192,26 +184,6 @@ def _plain(records: Sequence[Record]) -> Any:
         return records[0].to_json()
     pairs = [compare(records[0], other).to_json() for other in records[1:]]
     return {"records": [record.to_json() for record in records], "comparisons": pairs}
-
-
-def _page(records: Sequence[Record], files: Sequence[str], against: str, how: How, path: Path) -> None:
-    from bitmill.cli import page
-    from bitmill.source import open_source
-
-    options = [word for text in how.text or () for word in ("--text", text)]
-    for name, value, usual in (
-        ("--window", how.window, How.window),
-        ("--windows", how.windows, How.windows),
-        ("--seed", how.seed, How.seed),
-    ):
-        options += [name, str(value)] if value != usual else []
-    flags = {"--all-positions": how.every, "--chat": how.chat, "--no-floor": not how.floor}
-    options += [flag for flag, given in flags.items() if given]
-    command = shlex.join(["bitmill", "measure", *files, "--against", against, *options])
-    original = open_source(against, revision=how.revision)
-    with Teller() as teller:
-        made = page.of_records(records, files, original, command, teller)
-    page.put(made, path)
 
 
 def _limits(

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from bitmill.cli import say
+from bitmill.cli.progress import Teller
 from bitmill.core.errors import Refused
 
 if TYPE_CHECKING:
+    from bitmill.cli.measure import How
     from bitmill.core.axes import Checkpoint
     from bitmill.measurement.record import Record
     from bitmill.sweep.run import Outcome
 
 Tell = Callable[[str, int, int, str], None]
+
+Html = Annotated[
+    Path | None,
+    typer.Option(
+        "--html",
+        metavar="FILE.html",
+        help="Write a page to look at: of the file, or of all files beside each other.",
+        show_default=False,
+    ),
+]
 
 
 def put(text: str, path: Path, option: str = "--html") -> None:
@@ -30,39 +43,67 @@ def put(text: str, path: Path, option: str = "--html") -> None:
     say.note(f"page: {path}")
 
 
-def of_records(
+def refuse(path: Path | None) -> None:
+    """Refuse a page that has no place, before anything is measured."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise Refused(f"--html {str(path)!r} is a folder", fix=f"name a file: --html {path / 'page.html'}")
+    if not path.absolute().parent.is_dir():
+        raise Refused(
+            f"--html {str(path)!r}: there is no such folder", fix="make it, or choose another --html"
+        )
+
+
+def measured(
+    records: Sequence[Record],
+    files: Sequence[str],
+    against: str,
+    how: How,
+    path: Path,
+    made_by: Sequence[str] = (),
+) -> None:
+    """Write the page of one measured file, or of several beside each other.
+
+    Args:
+        made_by: the commands that made the files; taken from their reports where none are given.
+    """
+    from bitmill.cli.again import measure_command
+    from bitmill.source import open_source
+
+    command = measure_command(files, against, how)
+    reference = open_source(against, revision=how.revision)
+    with Teller() as teller:
+        text = _of_records(records, files, reference, [*made_by, command], teller)
+    put(text, path)
+
+
+def _of_records(
     records: Sequence[Record],
     files: Sequence[str],
     reference: Checkpoint,
-    command: str,
+    commands: Sequence[str],
     tell: Tell,
 ) -> str:
-    """The page of one measured file, or of several beside each other."""
-    from bitmill.pages.beside import beside
+    from bitmill.cli.again import reported_command
+    from bitmill.pages.beside import beside, report_of
     from bitmill.pages.record import page
     from bitmill.source import locate
 
     if len(records) > 1:
-        return _beside_each_other(records, files, reference, command, tell)
+        return _beside_each_other(records, files, reference, commands, tell)
     plain, path = records[0].to_json(), locate(files[0])
-    extras = beside(plain, path, reference, again(path, reference, command), _looking(tell))
-    return page(plain, extras)
-
-
-def again(path: Path, reference: Checkpoint, command: str) -> list[str]:
-    """The commands that make and measure a file again."""
-    from bitmill.pages.beside import report_of
-
-    plan = report_of(path).get("plan")
-    recipe = plan.get("recipe") if isinstance(plan, dict) else None
-    if not isinstance(recipe, str):
-        return [command]
-    made = ["bitmill", "quantize", reference.path.name, recipe, "-o", path.name]
-    return [shlex.join(made), command]
+    known = reported_command(report_of(path), reference.path.name, path) if len(commands) == 1 else None
+    found = [known, *commands] if known is not None else commands
+    return page(plain, beside(plain, path, reference, found, _looking(tell)))
 
 
 def _beside_each_other(
-    records: Sequence[Record], files: Sequence[str], reference: Checkpoint, command: str, tell: Tell
+    records: Sequence[Record],
+    files: Sequence[str],
+    reference: Checkpoint,
+    commands: Sequence[str],
+    tell: Tell,
 ) -> str:
     from bitmill.measurement.compare import compare
     from bitmill.pages.beside import panels, report_of, weighted
@@ -88,7 +129,7 @@ def _beside_each_other(
         memory=[s for s in stacks if s is not None] if None not in stacks else [],
         panels=panels(plain[picked], paths[picked], reference, _looking(tell)),
         differences=[_difference(named, a, b) for a, b in pairwise(order)],
-        commands=[command],
+        commands=commands,
     )
     return page(choice)
 

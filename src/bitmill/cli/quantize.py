@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from bitmill.cli import budget as budgets
 from bitmill.cli import measure as measuring
+from bitmill.cli import page, say
 from bitmill.cli import plan as planned
-from bitmill.cli import say
+from bitmill.cli.again import quantize_command
 from bitmill.cli.options import (
     Bits,
     Calib,
@@ -52,7 +53,9 @@ from bitmill.core.errors import Refused
 if TYPE_CHECKING:
     from bitmill.account import Report
     from bitmill.core.axes import Checkpoint
+    from bitmill.measurement.record import Record
     from bitmill.planning import Plan
+    from bitmill.recipe import Recipe
 
 SHOWN_NOTES = 8
 LONGEST = 64  # characters of a fact that is worth a place in one line
@@ -87,6 +90,7 @@ def quantize(
     imatrix_missing: ImatrixMissing = "plain",
     measure: Measure = True,
     text: Text = None,
+    html: page.Html = None,
     revision: Revision = None,
     bpw: budgets.Bpw = None,
     size: budgets.Size = None,
@@ -102,16 +106,14 @@ def quantize(
 
     Everything that can be wrong is refused before the first weight is read. A run that is interrupted goes on
     where it was when the command is given again. OUT appears whole or not at all; beside it, OUT.report.json.
+    Several outputs share the text they calibrate on, and the solution where only containers differ.
 
-        bitmill quantize smollm2 "gptq : q4_0, embed=q8_0" -o smollm2.gguf
+        bitmill quantize smollm2 "gptq : q4_0, embed=q8_0" -o smollm2.gguf --html page.html
         bitmill quantize ./my-model W4A16 -o my-model-w4a16 --calib chats.jsonl --chat
         bitmill quantize org/name --bits 4 --group-size 64 -o name-int4 --for vllm --dry-run
         bitmill quantize ./my-model --bpw 4.5 -o my-model.gguf
         bitmill quantize ./my-model Q4_K_M W4A16 -o my-model.gguf -o my-model-w4a16
-
-    Several outputs share the text they calibrate on, and the solution where only containers differ.
     """
-    from bitmill.planning import plan as make_plan
     from bitmill.source import open_source
 
     parts = (split_max_size, split_max_tensors, pre_tokenizer)
@@ -122,22 +124,23 @@ def quantize(
     outs: Sequence[Path | None] = out or (None,) * len(asked)
     recipes = [] if limits.given else [wanted(one, keep or [], bits, group_size, types) for one in asked]
     refuse_unpaired(len(asked), outs, dry_run, save_moments)
+    refuse_page(html, measure, dry_run)
     source = open_source(model, revision=revision)
     if limits.given:
         seen = budgets.Drawn(calib, seqlen=seqlen, seed=seed, chat=chat, device=device)
         recipes = [budgets.recipe_for(source, limits, seen, outs[0])]
-    windows: dict[str, Any] = {"nsamples": 0 if imatrix else nsamples, "seqlen": 0 if imatrix else seqlen}
-    how: dict[str, Any] = {**windows, "strict": strict, "calibrated": bool(calib or moments or imatrix)}
-    plans = [make_plan(r, source, to, **how) for r, to in zip(recipes, outs, strict=True)]
+    drawn: dict[str, Any] = {"calib": calib or None, "seed": seed, "chat": chat, "device": device}
+    drawn |= {"nsamples": 0 if imatrix else nsamples, "seqlen": 0 if imatrix else seqlen, "moments": moments}
+    drawn |= {"imatrix": imatrix or (), "imatrix_missing": imatrix_missing, "strict": strict}
+    plans = _planned(source, recipes, outs, drawn)
     refuse_unloadable(plans, runtime, tp)
     if dry_run:
         _plans(plans, source, imatrix or (), imatrix_missing, json)
         return
-    drawn: dict[str, Any] = {"calib": calib or None, **windows, "seed": seed, "chat": chat, "device": device}
-    drawn |= {"moments": moments, "imatrix": imatrix or (), "imatrix_missing": imatrix_missing}
-    drawn |= {"save": save_moments, "force": force, "strict": strict, "resume": resume}
+    drawn |= {"save": save_moments, "force": force, "resume": resume}
     reports = _made(source, plans, out or (), drawn)
-    _account(reports, model, measuring.How(text=text, device=device, revision=revision), measure, json)
+    how = measuring.How(text=text, device=device, revision=revision)
+    _page(_account(reports, model, how, measure, json), reports, model, how, drawn, html)
 
 
 def refuse_unpaired(recipes: int, outs: Sequence[Path | None], dry_run: bool, save: Path | None) -> None:
@@ -153,6 +156,24 @@ def refuse_unpaired(recipes: int, outs: Sequence[Path | None], dry_run: bool, sa
         raise Refused(
             "--save-moments is of one output: each has moments of its own", fix="save them in a run alone"
         )
+
+
+def refuse_page(html: Path | None, measure: bool, dry_run: bool) -> None:
+    """Refuse a page that nothing would be found for, or that has no place."""
+    page.refuse(html)
+    if html is not None and (dry_run or not measure):
+        left_out = "--dry-run makes no file" if dry_run else "--no-measure finds nothing out"
+        raise Refused(f"--html shows what was measured, and {left_out}", fix="leave one of them out")
+
+
+def _planned(
+    source: Checkpoint, recipes: Sequence[Recipe], outs: Sequence[Path | None], drawn: Mapping[str, Any]
+) -> list[Plan]:
+    from bitmill.planning import plan
+
+    told = {name: drawn[name] for name in ("nsamples", "seqlen", "strict")}
+    told["calibrated"] = any(drawn[name] for name in ("calib", "moments", "imatrix"))
+    return [plan(r, source, to, **told) for r, to in zip(recipes, outs, strict=True)]
 
 
 def _plans(
@@ -182,7 +203,9 @@ def _made(
         return several.quantize_many(source, [p.recipe for p in plans], outs, **shared, progress=teller)
 
 
-def _account(reports: Sequence[Report], model: str, how: measuring.How, measure: bool, json: bool) -> None:
+def _account(
+    reports: Sequence[Report], model: str, how: measuring.How, measure: bool, json: bool
+) -> Sequence[Record]:
     for report in () if json else reports:
         _say(report)
     records = measuring.account([report.path for report in reports], model, how) if measure else ()
@@ -193,6 +216,20 @@ def _account(reports: Sequence[Report], model: str, how: measuring.How, measure:
     elif records:
         say.result()
         measuring.show(records)
+    return records
+
+
+def _page(
+    found: Sequence[Record],
+    reports: Sequence[Report],
+    model: str,
+    how: measuring.How,
+    drawn: Mapping[str, Any],
+    html: Path | None,
+) -> None:
+    if html is not None:
+        commands = [quantize_command(model, report, drawn, how.revision) for report in reports]
+        page.measured(found, [report.path for report in reports], model, how, html, commands)
 
 
 def _say(report: Report) -> None:
