@@ -93,6 +93,7 @@ ARROWS: dict[str, set[str]] = {
         "ternary",
         "training",
         "trust",
+        "expert_coverage",
     },
     "__main__": {"cli"},
     "": set(),  # bitmill/__init__.py names modules as text, and imports none

@@ -145,7 +145,7 @@ def test_every_expert_has_the_moments_of_its_own_tokens(family: str, seqlen: int
     """Against transformers' own experts, watched from outside: what their router sends where."""
     folder = make_model(tmp_path / "model", family)
     source, ids = open_source(str(folder)), tokens(2, seqlen)
-    matrix = take_imatrix(source, Calibration(ids, {}))
+    matrix = take_imatrix(source, Calibration(ids, {})).imatrix
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     for layer, block in enumerate(model.model.layers):
         seen = {}

@@ -55,7 +55,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def taken(model: Path) -> Imatrix:
-    return take_imatrix(open_source(str(model)), Calibration(tokens(4, 32), {"source": "token ids"}))
+    calibration = Calibration(tokens(4, 32), {"source": "token ids"})
+    return take_imatrix(open_source(str(model)), calibration).imatrix
 
 
 def test_gguf_python_reads_ours(tmp_path: Path) -> None:
@@ -304,7 +305,7 @@ def test_a_recipe_uses_it_as_llama_quantize_does(model: Path, taken: Imatrix, tm
 
 def test_the_heads_importance_is_used_where_there_is_one(tmp_path: Path) -> None:
     source = open_source(str(make_model(tmp_path / "model", tied=False)))
-    taken = take_imatrix(source, Calibration(tokens(2, 32)))
+    taken = take_imatrix(source, Calibration(tokens(2, 32))).imatrix
     squares = torch.rand(1, 128) ** 4
     head = Entry(squares * 64, torch.tensor([64]))
     path = tmp_path / "m.gguf"

@@ -105,6 +105,15 @@ def coverage(tensors: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     }
 
 
+def said_of(covered: Mapping[str, Any]) -> str:
+    """The line about what :func:`coverage` found."""
+    sent = covered["sent"]
+    return (
+        f"experts: {covered['experts']}, sent {sent['least']:,} to {sent['most']:,} tokens each, median "
+        f"{sent['median']:,.0f}; {covered['never_sent']} none; least shown {covered['shown_least']:,}"
+    )
+
+
 def _expert(name: str) -> str:
     head, _, rest = name.partition(".experts.")
     return f"{head}.experts.{rest.partition('.')[0]}"

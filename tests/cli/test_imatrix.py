@@ -8,6 +8,7 @@ import pytest
 
 from bitmill.checkpoint.imatrix import read_imatrix
 from tests.cli.command import Command
+from tests.tiny import make_model
 
 TEXT = "The miller weighs each grain and writes the number down. " * 200
 
@@ -77,6 +78,32 @@ def test_nothing_is_overwritten(command: Command, taken: Path) -> None:
     said = command("imatrix", taken, taken, "-o", taken)
     assert said.code == 2 and "--force" in said.err and taken.read_bytes() == before
     assert command("imatrix", taken, taken, "-o", taken, "--force").code == 0
+
+
+def test_experts_see_the_tokens_that_are_asked_for(
+    command: Command, taken: Path, text: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """With the words of a recipe, and what came of it: of 64 tokens, each expert is shown all, or enough."""
+    model, out = make_model(tmp_path / "model", "qwen3moe", num_hidden_layers=1), tmp_path / "m.gguf"
+    words = ("--calib", text, "--nsamples", "2", "--seqlen", "32", "--force", "-o", out)
+    shown: dict[str, list[int]] = {}
+    for policy in ("route", "topk=5", "until=40", "all"):
+        said = command("imatrix", model, *words, "--experts", policy, "--json")
+        assert said.code == 0 and "experts: 8, sent" in said.err
+        told = said.json["experts"]
+        shown[policy] = read_imatrix(out).entries["blk.0.ffn_up_exps.weight"].counts.tolist()
+        assert told["shown_least"] == min(shown[policy])
+        assert told["sent"]["least"] == min(shown["route"]) and told["sent"]["most"] == max(shown["route"])
+    assert shown["all"] == [64] * 8 and sum(shown["route"]) == 3 * 64 and sum(shown["topk=5"]) == 5 * 64
+    assert shown["until=40"] == [max(40, count) for count in shown["route"]] != shown["route"]
+    plain = command("imatrix", model, *words)
+    assert "experts: 8, sent" in plain.err and "experts: 8" not in plain.out
+    assert read_imatrix(out).entries["blk.0.ffn_up_exps.weight"].counts.tolist() == shown["route"]
+    said = command("imatrix", tiny_llama, *words, "--experts", "all")
+    assert said.code == 0 and "experts=all is for nothing: there are no experts" in said.err
+    for wrong, name, reason in (("some", model, "until=N"), ("all", taken, "chosen before")):
+        said = command("imatrix", name, *words, "--experts", wrong)
+        assert said.code == 2 and reason in said.err and not said.out
 
 
 def test_plan_and_quantize_with_it(command: Command, tiny_llama: Path, taken: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from bitmill.checkpoint.gguf_arch import architecture_of_model
 from bitmill.checkpoint.imatrix import Entry, Imatrix
 from bitmill.core.axes import Checkpoint
 from bitmill.core.errors import Refused
+from bitmill.core.experts import ExpertTokens
 from bitmill.core.types import Moments, Note, Row
 from bitmill.families.base import is_expert
 
@@ -27,34 +29,54 @@ _TOKENS = 4096  # of a forward pass
 _NAMED = 6  # weights in a refusal
 
 
+@dataclass(frozen=True, eq=False)
+class Taken:
+    """An importance matrix of a model, and how its experts came by their tokens.
+
+    Attributes:
+        experts: of each expert's weight, by canonical name, the ``tokens`` summed over, and how many of them
+            the router had ``sent``.
+    """
+
+    imatrix: Imatrix
+    experts: Mapping[str, Mapping[str, float]]
+
+
 def take_imatrix(
     source: Checkpoint,
     calibration: Calibration,
     device: str = "cpu",
     progress: Callable[[str, int, int, str], None] = lambda *_: None,
-) -> Imatrix:
+    experts: ExpertTokens = ExpertTokens(),  # noqa: B008 - frozen
+) -> Taken:
     """Run the calibration tokens through ``source`` and sum the squares of every block linear's input.
+
+    Args:
+        experts: which tokens the experts of a mixture are shown; hidden states do not change by it.
 
     Raises:
         Refused: llama.cpp has no names for this architecture's weights.
         Unsolvable: an activation is NaN or infinite.
     """
     arch = architecture_of_model(source.config)
-    stream = Stream(source, device)
     tokens = calibration.tokens
+    stream = Stream(source, device, experts=(experts, tokens.numel()))
     hidden = stream.embed(tokens)
     batch = max(1, _TOKENS // tokens.shape[1])
     known: dict[str, dict[int, Moments]] = {}
+    counted: dict[str, dict[str, float]] = {}
     for block in stream.blocks():
         progress("activations", block.index, stream.layers, f"block {block.index}")
         for path, moments in _summed(block, hidden, batch).items():
             weight = f"{block.prefix}{path}.weight"
-            name = arch.gguf_name(weight)
+            name, sent = arch.gguf_name(weight), block.sent(path)
+            if sent is not None:
+                counted[weight] = {"tokens": moments.tokens, "sent": sent}
             if name is not None:
                 known.setdefault(name, {})[arch.expert(weight) or 0] = moments
     progress("activations", stream.layers, stream.layers, f"{tokens.numel()} tokens")
-    entries = {name: _entry(experts) for name, experts in sorted(known.items())}
-    return Imatrix(entries, _names(calibration), tokens.shape[0], tokens.shape[1])
+    entries = {name: _entry(parts) for name, parts in sorted(known.items())}
+    return Taken(Imatrix(entries, _names(calibration), tokens.shape[0], tokens.shape[1]), counted)
 
 
 def moments_from(
@@ -114,6 +136,7 @@ def _summed(block: Block, hidden: Tensor, batch: int) -> dict[str, Moments]:
         return lambda x: sums[path].add(x, block.prefix + path)
 
     hooks = {path: adds(path) for path in sums}
+    block.recount()
     for a in range(0, hidden.shape[0], batch):
         hidden[a : a + batch] = block.watched(hidden[a : a + batch], hooks)
     taken = {path: total.moments() for path, total in sums.items()}

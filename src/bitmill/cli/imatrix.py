@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,8 +16,10 @@ from bitmill.cli.progress import Teller
 from bitmill.core.errors import Refused
 
 if TYPE_CHECKING:
+    from bitmill.calibrate.importance import Taken
     from bitmill.checkpoint.imatrix import Coverage, Imatrix
     from bitmill.core.axes import Checkpoint
+    from bitmill.core.experts import ExpertTokens
 
 
 def imatrix(
@@ -34,6 +38,15 @@ def imatrix(
     seed: Seed = 0,
     chat: Chat = False,
     device: Device = "cpu",
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            "--experts", metavar="route|all|topk=N|until=N",
+            help="Which tokens the experts of a mixture are taken on: those that the router sends them, all, "
+            "those for which they are among its first N, or N at least. [default: route]",
+            show_default=False,
+        ),
+    ] = None,
     form: Annotated[
         str | None,
         typer.Option(
@@ -55,11 +68,12 @@ def imatrix(
         bitmill imatrix smollm2 -o smollm2.imatrix.gguf
         bitmill imatrix one.gguf two.dat -o both.gguf
         bitmill imatrix both.gguf
+        bitmill imatrix ./mixtral --experts until=512 -o mixtral.imatrix.gguf
         bitmill quantize smollm2 Q4_K_M -o q4.gguf --imatrix smollm2.imatrix.gguf
     """
-    from bitmill.calibrate.importance import take_imatrix
-    from bitmill.calibrate.tokens import calibration_tokens
     from bitmill.checkpoint.imatrix import FORMS, is_imatrix, read_imatrix, write_imatrix
+    from bitmill.core.experts import ExpertTokens, parse_experts
+    from bitmill.expert_coverage import coverage, said_of
 
     wanted = form or ("dat" if out is not None and out.suffix.lower() == ".dat" else "gguf")
     if wanted not in FORMS:
@@ -67,28 +81,52 @@ def imatrix(
     if out is not None and out.exists() and not force:
         raise Refused(f"{str(out)!r} exists", fix="add --force to replace it, or choose another -o")
     models = [text for text in inputs if not is_imatrix(Path(text))]
+    policy = None if experts is None else parse_experts(experts)
     parts = [read_imatrix(Path(text)) for text in inputs if text not in models]
     if len(models) > 1:
         raise Refused(f"{len(models)} models are named", where=", ".join(models), fix="give one at a time")
     if models and out is None:
         raise Refused("no output is named", fix="add -o, for example: -o model.imatrix.gguf")
+    if policy is not None and not models:
+        raise Refused(
+            f"experts={policy} chooses tokens while calibrating; these were chosen before",
+            fix="leave it out, or name a MODEL",
+        )
+    covered: dict[str, Any] = {}
     for model in models:
-        source = _source(model, revision)
-        with Teller() as tell:
-            drawn = calibration_tokens(
-                source, calib, nsamples=nsamples, seqlen=seqlen, seed=seed, chat=chat, progress=tell
-            )
-            for remark in drawn.notes:
-                say.note(f"note: {remark.where}: {remark.text}")
-            parts.insert(0, take_imatrix(source, drawn, device, tell))
+        drawing: dict[str, Any] = {"nsamples": nsamples, "seqlen": seqlen, "seed": seed, "chat": chat}
+        taken = _take(_source(model, revision), calib, drawing, device, policy or ExpertTokens())
+        covered = coverage(taken.experts)
+        if covered:
+            say.note(said_of(covered))
+        elif policy is not None:
+            say.note(f"note: experts={policy} is for nothing: there are no experts to place")
+        parts.insert(0, taken.imatrix)
     whole = parts[0].merged(parts[1:])
     if out is not None:
         write_imatrix(out, whole, wanted)
-    show(whole, str(out or ", ".join(inputs)), json)
+    show(whole, str(out or ", ".join(inputs)), json, {"experts": covered} if covered else {})
 
 
-def show(matrix: Imatrix, name: str, json: bool) -> None:
-    """Where it comes from, and how well every weight's inputs are known."""
+def _take(
+    source: Checkpoint,
+    calib: list[str] | None,
+    drawing: dict[str, Any],
+    device: str,
+    experts: ExpertTokens,
+) -> Taken:
+    from bitmill.calibrate.importance import take_imatrix
+    from bitmill.calibrate.tokens import calibration_tokens
+
+    with Teller() as tell:
+        drawn = calibration_tokens(source, calib, **drawing, progress=tell)
+        for remark in drawn.notes:
+            say.note(f"note: {remark.where}: {remark.text}")
+        return take_imatrix(source, drawn, device, tell, experts)
+
+
+def show(matrix: Imatrix, name: str, json: bool, more: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Where it comes from, and how well every weight's inputs are known; with ``json`` also ``more``."""
     facts = {
         "path": name,
         "datasets": list(matrix.datasets),
@@ -98,7 +136,7 @@ def show(matrix: Imatrix, name: str, json: bool) -> None:
     }
     known = matrix.coverage()
     if json:
-        say.emit({**facts, "entries": [asdict(entry) for entry in known]})
+        say.emit({**facts, **more, "entries": [asdict(entry) for entry in known]})
         return
     say.result(f"{name}: {len(known)} weights, {matrix.chunk_count} chunks of {matrix.chunk_size} tokens")
     say.result(f"text: {', '.join(matrix.datasets) or 'not said'}\n")

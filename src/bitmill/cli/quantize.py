@@ -233,17 +233,15 @@ def _page(
 
 
 def _say(report: Report) -> None:
+    from bitmill.expert_coverage import said_of
+
     calibration: Mapping[str, Any] = report.calibration
     if calibration:
         short = {key: value for key, value in calibration.items() if isinstance(value, int | str)}
         said = ", ".join(f"{key} {value}" for key, value in short.items() if len(str(value)) <= LONGEST)
         say.note(f"calibration: {said}")
     if covered := report.to_json().get("experts"):
-        sent, never = covered["sent"], covered["never_sent"]
-        said = (
-            f"experts: {covered['experts']}, sent {sent['least']:,} to {sent['most']:,} tokens each, median "
-        )
-        say.note(f"{said}{sent['median']:,.0f}; {never} none; least shown {covered['shown_least']:,}")
+        say.note(said_of(covered))
     kinds = Counter(note.kind for note in report.notes)
     first = {note.kind: note for note in reversed(report.notes)}
     for kind, count in kinds.most_common(SHOWN_NOTES):

@@ -285,7 +285,7 @@ def _matrix(asked: Asked, source: Checkpoint, progress: Progress) -> Path:
         raise Refused(
             f"{str(path)!r} exists, and no sweep made it", fix="add --force to replace it, or another -o"
         )
-    write_imatrix(path, take_imatrix(source, tokens, drawn.device, progress), "gguf")
+    write_imatrix(path, take_imatrix(source, tokens, drawn.device, progress).imatrix, "gguf")
     known.parent.mkdir(parents=True, exist_ok=True)
     content = {**identity, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     known.write_text(json.dumps(content) + "\n", encoding="utf-8")
