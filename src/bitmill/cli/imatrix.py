@@ -22,15 +22,35 @@ if TYPE_CHECKING:
     from bitmill.core.experts import ExpertTokens
 
 
+Inputs = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="MODEL|FILE...",
+        help="A model to run text through, importance matrices (GGUF or .dat), or both.",
+        show_default=False,
+    ),
+]
+Shown = Annotated[
+    str | None,
+    typer.Option(
+        "--experts", metavar="route|all|topk=N|until=N",
+        help="Which tokens the experts of a mixture are taken on: those that the router sends them, all, "
+        "those for which they are among its first N, or N at least. [default: route]",
+        show_default=False,
+    ),
+]  # fmt: skip
+Form = Annotated[
+    str | None,
+    typer.Option(
+        "--format", "--output-format", metavar="gguf|dat",
+        help="Of the file that is written. [default: dat if its name ends so, else gguf]",
+        show_default=False,
+    ),
+]  # fmt: skip
+
+
 def imatrix(
-    inputs: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="MODEL|FILE...",
-            help="A model to run text through, importance matrices (GGUF or .dat), or both.",
-            show_default=False,
-        ),
-    ],
+    inputs: Inputs,
     out: Out = None,
     calib: Calib = None,
     nsamples: Samples = 128,
@@ -38,27 +58,12 @@ def imatrix(
     seed: Seed = 0,
     chat: Chat = False,
     device: Device = "cpu",
-    experts: Annotated[
-        str | None,
-        typer.Option(
-            "--experts", metavar="route|all|topk=N|until=N",
-            help="Which tokens the experts of a mixture are taken on: those that the router sends them, all, "
-            "those for which they are among its first N, or N at least. [default: route]",
-            show_default=False,
-        ),
-    ] = None,
-    form: Annotated[
-        str | None,
-        typer.Option(
-            "--format", "--output-format", metavar="gguf|dat",
-            help="Of the file that is written. [default: dat if its name ends so, else gguf]",
-            show_default=False,
-        ),
-    ] = None,
+    experts: Shown = None,
+    form: Form = None,
     force: Force = False,
     revision: Revision = None,
     json: Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Take, merge, convert or show importance matrices.
 
     The mean square of every input channel of every weight, which llama.cpp's quantizers weigh errors with. A
