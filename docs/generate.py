@@ -137,7 +137,9 @@ def recipes_page() -> str:
                     "what keys and values are rounded to on their way into the cache: by scales that "
                     f"calibration fixes, {', '.join(f'`{text}`' for text in CACHES)} (`fp8` is short for the "
                     "first); or by those of each token's head, as input grids of whole numbers say, such as "
-                    "`int4-token-asym`. In compressed-tensors folders and Bitmill's own",
+                    "`int4-token-asym`. In compressed-tensors folders and Bitmill's own; there alone any "
+                    "[way to store a cache](caches.md) that looks at one token, such as `q4_0-rot` or "
+                    "`turboquant-3`",
                 ],
                 ["`dtype=bf16`", "precision of what is kept and of scales: `f32`, `f16` or `bf16`"],
             ],

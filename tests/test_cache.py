@@ -13,8 +13,9 @@ from bitmill import mill
 from bitmill.calibrate.stream import Stream
 from bitmill.checkpoint.stored_types import unread
 from bitmill.core.axes import cache_of, inputs_of
+from bitmill.core.cache_words import parse_cache
 from bitmill.core.errors import BadFile, BadRecipe, Refused
-from bitmill.core.inputs import CACHES, parse_cache
+from bitmill.core.inputs import CACHES
 from bitmill.core.types import Inputs
 from bitmill.measurement.measure import Protocol, measure
 from bitmill.numerics.inputs import rounded
@@ -187,7 +188,7 @@ def test_what_cannot_be_is_refused(model: Path, tmp_path: Path) -> None:
     for line in ("nearest : int4-g32-sym, cache=fp8 > gptq", "nearest : nf4-b64, cache=fp8 > bitsandbytes"):
         with pytest.raises(Refused, match="compressed-tensors"):
             plan(parse(line), open_path(model))
-    for text in ("int8-tensor", "fp8-e4m3-token", "int4-tensor-static", "nvfp4"):
+    for text in ("int8-tensor", "mxfp8", "int4-tensor-static", "nvfp4"):
         with pytest.raises(BadRecipe, match="no cache"):
             parse(LINE.format(text))
     with pytest.raises(Refused, match="say cache="):

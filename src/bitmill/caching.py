@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from bitmill.core.axes import Checkpoint, Container, InputContainer, cache_of, torch_dtype
+from bitmill.core.cache_words import held_word, parse_cache, refuses_heads
 from bitmill.core.errors import Refused, Unsolvable
-from bitmill.core.inputs import InputGrid, parse_inputs
+from bitmill.core.inputs import InputGrid
 from bitmill.core.registry import parse_grid
 from bitmill.core.types import Inputs, Params, Row
 from bitmill.families.base import head_dim, traits
@@ -43,7 +44,7 @@ def with_cache(
     """
     if text is None:
         return tuple(rows)
-    grid = parse_inputs(text)
+    grid = parse_cache(text)
     reason = _unable(container, grid)
     if reason is not None:
         raise Refused(f"{called} files do not say that keys and values are rounded to {grid}: {reason}")
@@ -51,8 +52,9 @@ def with_cache(
         (row.name.removesuffix(".weight").rpartition(".")[0], row.layer) for row in rows if row.role == "v"
     ]
     head = head_dim(config) if found else 0
-    if grid.group and head % grid.group:
-        raise Refused(f"heads of {head} channels have no groups of {grid.group}", fix=f"drop cache={text}")
+    unfit = refuses_heads(grid, head) if found else None
+    if unfit is not None:
+        raise Refused(unfit, fix=f"drop cache={text}")
     if not found:
         raise Refused(
             f"where {config.get('model_type')!r} makes its keys and values is not known here",
@@ -93,7 +95,9 @@ def cache_remarks(rows: Sequence[Row], source: Checkpoint) -> tuple[str, ...]:
     remarks = []
     grids = {row.cache for row in rows if row.cache is not None}
     for grid in grids:
-        said = "; no engine is known to run it" if grid.element == "int" else ""
+        said = "" if grid.static and grid.element != "int" else "; no other engine is known to run it"
+        held = held_word(grid)
+        said = f"; bitmill run holds it so (--kv {held})" + said if held else said
         scales = "calibration fixes their scales" if grid.static else "their scales come with them"
         remarks.append(f"keys and values are rounded to {grid} in the cache; {scales}{said}")
     if cache_of(source) and not grids:

@@ -29,9 +29,10 @@ from typing import Any, cast
 from bitmill.allocation.mixture import Mixture
 from bitmill.core import registry
 from bitmill.core.axes import Container, InputContainer, Solver, Transform
+from bitmill.core.cache_words import parse_cache
 from bitmill.core.errors import BadRecipe
 from bitmill.core.experts import parse_experts
-from bitmill.core.inputs import parse_cache, parse_inputs
+from bitmill.core.inputs import parse_inputs
 from bitmill.core.learning import ModelSolver
 from bitmill.core.sizes import size_of
 from bitmill.core.types import Split

@@ -97,6 +97,7 @@ LOSS = {
     "kivi-2-rot": 0.166, "turboquant-8": 4.28e-05, "turboquant-4": 0.00997, "turboquant-3": 0.0365,
     "turboquant-2": 0.124, "turboquant-1": 0.384, "turboquant-3.5": 0.0169, "turboquant-2.5": 0.0597,
     "turboquant-2.25": 0.0736, "turboquant-4-prod": 0.0584, "turboquant-4-nc": 0.00962,
+    "int4-token-asym": 0.0193, "int8-token": 0.00014, "int4-g32-token-asym-clip0.95": 0.0115,
 }  # fmt: skip
 """Largest squared error of keys, as a share of their squares: each a twelfth above what is measured."""
 

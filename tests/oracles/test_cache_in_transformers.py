@@ -31,7 +31,7 @@ CASES = [
     ("llama", "float32", "int4-g64-sym, cache=fp8"),
     ("llama", "bfloat16", "int4-g64-sym, cache=fp8"),
     ("llama", "float32", "int4-g64-sym, cache=fp8-head"),
-    ("llama", "float32", "int4-g64-sym, cache=int8"),
+    ("llama", "float32", "int4-g64-sym, cache=int8-tensor-static"),
     ("llama", "float32", "int8-channel-sym, input=int8-token, cache=int8-head"),
     ("llama", "bfloat16", "fp8-e4m3-tensor, input=fp8-e4m3-tensor-static, cache=fp8"),
     ("llama", "bfloat16", "nvfp4, input=nvfp4, cache=fp8"),

@@ -68,7 +68,7 @@ Kv = Annotated[
     typer.Option(
         "--kv", "--kv-cache-dtype", metavar="METHOD",
         help="What keys and values are kept as: turboquant-3.5, q4_0-rot, kivi-2, k=q8_0,v=q4_0 … "
-        "(docs/caches.md). [default: what the model computes in]", show_default=False,
+        "(docs/caches.md). [default: what the file says, or what the model computes in]", show_default=False,
     ),
 ]  # fmt: skip
 Most = Annotated[
@@ -120,7 +120,7 @@ def run(
     """
     from bitmill.run.chat import Conversation
     from bitmill.run.draw import sampling_of
-    from bitmill.run.kept import new_cache
+    from bitmill.run.kept import kept_as, new_cache
     from bitmill.run.ready import dtype_of, loaded, opened
     from bitmill.run.speak import Speaker
 
@@ -131,12 +131,13 @@ def run(
     sampling = sampling_of(model.authors, seed, **asked)
     talk = Conversation(model.tokenizer, system, plain)
     kind = dtype_of(dtype, device)
+    kv, held = kept_as(kv, model.checkpoint)
     new_cache(kv or kind, model.config, kind)
     if text is not None:
         text = _with_document(text, document, model)
         _check(text, talk, model, context)
     how = _How(sampling, most, json)
-    speaker = Speaker(loaded(model, dtype, device), kv, context=context, chunk=chunk)
+    speaker = Speaker(loaded(model, dtype, device, held=held), kv, context=context, chunk=chunk)
     if text is None:
         _chat(speaker, talk, how)
     else:

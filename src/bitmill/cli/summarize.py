@@ -132,24 +132,30 @@ class _How:
 
 def _opened(text: str, revision: str | None, kv: Sequence[str] | None, how: _How) -> Opened:
     """A model of which everything is known to work before any weight is read."""
-    from bitmill.run.kept import new_cache
+    from bitmill.run.kept import kept_as, new_cache
     from bitmill.run.ready import dtype_of, opened
     from bitmill.run.speak import context_of
 
     model = opened(text, revision)
     context_of(model, how.context)
     kind = dtype_of(how.dtype, how.device)
-    for method in kv or [kind]:
-        new_cache(method, model.config, kind)
+    for method in kv or (None,):
+        new_cache(kept_as(method, model.checkpoint)[0] or kind, model.config, kind)
     return model
 
 
 def _rows(model: Opened, document: Document, kv: Sequence[str] | None, how: _How) -> list[dict[str, Any]]:
     """The document by one model, with every cache."""
+    from bitmill.run.kept import kept_as
     from bitmill.run.ready import loaded
 
-    ready = loaded(model, how.dtype, how.device)
-    return [_row(ready, document, method, how) for method in kv or [ready.dtype]]
+    found, ready = [], None
+    wanted = [kept_as(method, model.checkpoint) for method in kv or (None,)]
+    for method, held in wanted:
+        if ready is None or held != wanted[len(found) - 1][1]:
+            ready = loaded(model, how.dtype, how.device, held=held)
+        found.append(_row(ready, document, method or ready.dtype, how))
+    return found
 
 
 def _row(ready: Ready, document: Document, kv: str, how: _How) -> dict[str, Any]:

@@ -38,8 +38,9 @@ from bitmill.checkpoint.safetensors_write import (
     to_bytes,
 )
 from bitmill.core.axes import Checkpoint, Grid
+from bitmill.core.cache_words import parse_cache, refuses_heads
 from bitmill.core.errors import BadFile, BadRecipe
-from bitmill.core.inputs import InputGrid, parse_cache, parse_inputs
+from bitmill.core.inputs import InputGrid, parse_inputs
 from bitmill.core.online import OnlineContainer
 from bitmill.core.registry import parse_grid
 from bitmill.core.types import FileImage, Inputs, Quantized, Row
@@ -429,8 +430,9 @@ def _cache(folder: TensorFolder, config: Mapping[str, Any], names: Iterable[str]
         grid = parse_cache(str(text))
     except BadRecipe as error:
         raise BadFile(f"no cache is stored on {text!r}", where=where) from error
-    if grid.group and head % grid.group:
-        raise BadFile(f"heads of {head} channels have no groups of {grid.group}", where=where)
+    reason = refuses_heads(grid, head)
+    if reason is not None:
+        raise BadFile(reason, where=where)
     basis = partial(Hadamard.plain, turn) if turn else None
     return known_cache(folder, grid, traits(config)["kv_heads"], attentions(config, names), basis)
 

@@ -109,6 +109,8 @@ class CompressedTensors(OnlineContainer, CautiousContainer):
         return None if fits else "FP8 weights go with fp8-e4m3-token, -tensor, -tensor-static and -g128-token"
 
     def refuses_cache(self, grid: InputGrid) -> str | None:
+        if grid.method:
+            return "it knows scales and no other ways; name one that does: > bitmill"
         return None if grid.clip == 1 else _CLIPPED
 
     def refuses_rotation(self, space: str, order: int) -> str | None:

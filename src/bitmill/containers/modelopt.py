@@ -31,8 +31,9 @@ from bitmill.checkpoint.packed_folder import (
 from bitmill.checkpoint.read_only import ReadOnly
 from bitmill.checkpoint.safetensors import Record, TensorFolder
 from bitmill.core.axes import Checkpoint
+from bitmill.core.cache_words import parse_cache
 from bitmill.core.errors import BadFile, Refused
-from bitmill.core.inputs import parse_cache, parse_inputs
+from bitmill.core.inputs import parse_inputs
 from bitmill.core.types import Inputs, Quantized
 from bitmill.families.base import describe, traits
 from bitmill.grids.minifloat import Minifloat

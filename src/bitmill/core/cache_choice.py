@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from bitmill.core.cache_words import no_such_scale
 from bitmill.core.caches import KEYS, VALUES, CacheMethod, stored_bytes
 from bitmill.core.errors import Refused
 from bitmill.core.registry import cache_method, cache_spellings
@@ -137,6 +138,12 @@ def _split(text: str) -> tuple[list[str], dict[str, str]]:
 
 
 def _method(name: str) -> CacheMethod:
+    reason = no_such_scale(name)
+    if reason is not None:
+        raise Refused(
+            f"keys and values cannot be stored as {name!r}: {reason}",
+            fix=f"cache={name} in a recipe, and run that file; or --kv fp8, --kv int8-token",
+        )
     return cache_method(OTHER_NAMES.get(name, name))
 
 

@@ -55,6 +55,7 @@ class Direct:
         levels: ``2**bits`` float32.
         group: coordinates that share a step.
         first, width: which coordinates these are.
+        zero: name of a field of whole numbers that are taken off ``level[code]`` before; without, none are.
     """
 
     codes: str
@@ -65,6 +66,7 @@ class Direct:
     group: int
     first: int
     width: int
+    zero: str = ""
 
 
 @dataclass(frozen=True, eq=False)

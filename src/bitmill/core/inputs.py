@@ -41,14 +41,8 @@ CACHES = ("fp8-e4m3-tensor-static", "fp8-e4m3-head-static", "int8-tensor-static"
 CACHE_EXAMPLES = (*CACHES, "int4-token-asym", "int4-token-asym-clip0.95", "int4-g32-token-asym", "int8-token")
 """Spellings of caches: those with fixed scales, and some whose scales come with each key and value."""
 
-_CACHE_ALSO = {
-    "fp8": CACHES[0],
-    "fp8-e4m3": CACHES[0],
-    "fp8-head": CACHES[1],
-    "int8": CACHES[2],
-    "int8-head": CACHES[3],
-}
-
+HELD = "held"
+"""Scaling of what comes back from a way to store keys and values."""
 
 LOUD = 6.0
 """Magnitude from which LLM.int8() keeps a channel out of the rounding, where nothing else is said."""
@@ -69,10 +63,11 @@ class InputGrid:
         scaling: ``real``; ``mx``, powers of two by compressed-tensors' rule, and ``ceil``, the power of two
             that cuts nothing off (NVIDIA's rule, and that of transformers' FP8 kernels); ``nv``, E4M3 under
             one fixed gain; ``loud``, LLM.int8()'s: whole numbers up to 127, and channels that reach
-            ``threshold`` anywhere in a sequence as they are.
+            ``threshold`` anywhere in a sequence as they are; ``held``, as a cache gives them back.
         threshold: of ``loud``; at 0 no channel is left out.
         clip: of whole numbers: what the range is multiplied by before scales are taken from it; what lies
             outside takes the outermost value.
+        method: of ``held``, for keys and values alone: the way to store them, by its text.
     """
 
     element: str
@@ -84,8 +79,11 @@ class InputGrid:
     scaling: str = "real"
     threshold: float = 0.0
     clip: float = 1.0
+    method: str = ""
 
     def __str__(self) -> str:
+        if self.method:
+            return self.method
         if self.scaling == "nv":
             return "nvfp4"
         if self.scaling == "bitnet":
@@ -169,20 +167,6 @@ def parse_inputs(text: str) -> InputGrid:
     close = difflib.get_close_matches(wanted, EXAMPLES, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else f"for example: {', '.join(EXAMPLES[:8])}"
     raise BadRecipe(f"no input grid is called {text!r}", fix=hint)
-
-
-def parse_cache(text: str) -> InputGrid:
-    """The grid of keys and values that ``text`` names; ``fp8`` and ``int8`` are short for one scale a layer.
-
-    Raises:
-        BadRecipe: it names none.
-    """
-    wanted = text.strip().lower()
-    grid = find_inputs(_CACHE_ALSO.get(wanted, wanted))
-    if grid is None or not is_cache(grid):
-        known = ", ".join(CACHE_EXAMPLES)
-        raise BadRecipe(f"no cache is stored on {text!r}", fix=f"one of {known}; fp8 is short for the first")
-    return grid
 
 
 def is_cache(grid: InputGrid) -> bool:

@@ -58,7 +58,12 @@ def _arrays(part: Direct, fields: Mapping[str, Tensor], rows: int) -> tuple[Any,
     codes = fields[part.codes]
     room = codes.shape[2]
     step = fields[part.step].to(torch.float32).reshape(rows, room, -1).numpy()
-    low = fields[part.low].to(torch.float32).reshape(step.shape).numpy() if part.low else np.zeros_like(step)
+    if part.low:
+        low = fields[part.low].to(torch.float32).reshape(step.shape).numpy()
+    elif part.zero:
+        low = fields[part.zero].to(torch.float32).reshape(step.shape).numpy() * -step
+    else:
+        low = np.zeros_like(step)
     return codes.reshape(rows, room, -1).numpy(), step, low, _table(part), part.bits, part.group
 
 

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitmill.core.caches import KEYS
 from bitmill.core.errors import Refused
-from bitmill.core.inputs import InputGrid
+from bitmill.core.inputs import HELD, InputGrid
+from bitmill.core.registry import cache_method
 from bitmill.core.types import Inputs, Params
 from bitmill.numerics import llm_int8
 from bitmill.numerics.floats import ELEMENTS, power_of_two, round_to
@@ -51,10 +53,12 @@ def rounded(grid: InputGrid, x: Tensor, fixed: Params) -> Tensor:
         return llm_int8.rounded(x, grid.threshold)
     if grid.scaling == "bitnet":
         return _bitnet(x)
+    if grid.scaling == HELD:
+        return _held(grid.method, x)
     wide = x.to(torch.float32)
     if grid.group:
         wide = wide.unflatten(-1, (-1, grid.group))
-    scale, zero = _params(grid, wide, {k: v.to(x.device) for k, v in fixed.items()})
+    scale, zero = scale_and_zero(grid, wide, {k: v.to(x.device) for k, v in fixed.items()})
     values = wide / scale
     if grid.element == "int":
         half = 2.0 ** (grid.bits - 1)
@@ -64,6 +68,12 @@ def rounded(grid: InputGrid, x: Tensor, fixed: Params) -> Tensor:
     else:
         values = round_to(values, ELEMENTS[grid.element])
     return (values * scale).reshape(x.shape).to(x.dtype)
+
+
+def _held(method: str, x: Tensor) -> Tensor:
+    """What a cache gives back of these keys or values: such ways treat both alike."""
+    code = cache_method(method).code(KEYS, x.shape[-1], {})
+    return code.back(code.unpack(code.pack(x.to(torch.float32)))).to(x.dtype)
 
 
 def _bitnet(x: Tensor) -> Tensor:
@@ -132,8 +142,9 @@ def check_inputs(model: nn.Module, inputs: Mapping[str, Inputs], where: str) -> 
             )
 
 
-def _params(grid: InputGrid, x: Tensor, fixed: Params) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point, in shapes that broadcast to ``x``."""
+def scale_and_zero(grid: InputGrid, x: Tensor, fixed: Params) -> tuple[Tensor, Tensor | None]:
+    """What ``x`` is divided by and what is then added, in shapes that broadcast to it (runs of channels that
+    share them are its last dimension)."""
     if grid.static:
         return fixed["scale"], fixed.get("zero")
     if grid.extent == "tensor":

@@ -4,11 +4,46 @@ from __future__ import annotations
 
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from bitmill.core.axes import Checkpoint, cache_of
+from bitmill.core.cache_choice import cache_choice
+from bitmill.core.cache_words import held_word
+from bitmill.core.errors import Refused
 from bitmill.run.attention import NAME, attend_packed
-from bitmill.run.cache import PackedCache, cache_of
+from bitmill.run.cache import PackedCache
+from bitmill.run.cache import cache_of as packed_cache
 from bitmill.run.held import held_bytes
 
 _DENSE = "sdpa"
+_NUMBERS = ("f32", "f16", "bf16")
+
+
+def kept_as(kv: str | None, checkpoint: Checkpoint) -> tuple[str | None, bool]:
+    """What a model's cache keeps its keys and values as, and whether that is the rounding which the file asks
+    for, so that nothing else is to round them.
+
+    Args:
+        kv: what the user asks for; None is what the file says, where that can be held, or numbers.
+
+    Raises:
+        Refused: numbers that the file rounds would be rounded a second time, in another way.
+    """
+    said = cache_of(checkpoint)
+    words = {None if how.basis is not None else held_word(how.grid) for how in said.values()}
+    word = words.pop() if len(words) == 1 else None
+    if kv is None:
+        return word, word is not None
+    asked = str(cache_choice(kv))
+    if word is not None and asked == word:
+        return word, True
+    if said and asked not in _NUMBERS:
+        grids = ", ".join(sorted({str(how) for how in said.values()}))
+        raise Refused(
+            f"the file rounds keys and values on their way into the cache ({grids}), and --kv {asked} would "
+            "round them again",
+            where=str(checkpoint.path),
+            fix="leave --kv out, or --kv f16, which keeps what the file makes",
+        )
+    return kv, False
 
 
 def is_packed(kv: str, dtype: str) -> bool:
@@ -28,7 +63,7 @@ def new_cache(kv: str, config: PreTrainedConfig, dtype: str) -> Cache:
     Raises:
         Refused: there is no such cache, or the model does not go with it.
     """
-    return cache_of(kv, config) if is_packed(kv, dtype) else DynamicCache(config=config)
+    return packed_cache(kv, config) if is_packed(kv, dtype) else DynamicCache(config=config)
 
 
 def attend(model: PreTrainedModel, cache: Cache) -> None:

@@ -49,11 +49,13 @@ def load(
     return load_model(checkpoint, dtype), load_tokenizer(checkpoint)
 
 
-def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_model(
+    checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, *, held: bool = False
+) -> PreTrainedModel:
     """The model alone; see :func:`load`. No code of the model folder is run.
 
     Where the checkpoint says that the inputs of a linear are rounded, or the keys and values of a cache,
-    hooks of the model round them.
+    hooks of the model round them; not those of the cache where they will be ``held`` so.
     """
     config = config_of(checkpoint)
     family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -66,7 +68,8 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Pr
     if inputs:
         _round(made, inputs, checkpoint)
     check_cache(made, cache_of(checkpoint), str(checkpoint.path))
-    for path, change in cache_changes(cache_of(checkpoint)).items():
+    rounding = {} if held else cache_changes(cache_of(checkpoint))
+    for path, change in rounding.items():
         watch_cache(made.get_submodule(path), change)
     text = checkpoint.carried.get("generation_config.json")
     if text is not None:

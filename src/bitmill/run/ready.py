@@ -109,11 +109,12 @@ def opened(text: str, revision: str | None = None) -> Opened:
     return Opened(text, checkpoint, config, tokenizer, authors, trained, _ends(tokenizer, authors, facts))
 
 
-def loaded(model: Opened, dtype: str | None = None, device: str = "cpu") -> Ready:
+def loaded(model: Opened, dtype: str | None = None, device: str = "cpu", *, held: bool = False) -> Ready:
     """Read the weights into memory, decoded.
 
     Args:
         dtype: one of :data:`DTYPES`; without one ``f32`` on a CPU, else ``bf16``.
+        held: whether the cache will hold keys and values as the file says that they are rounded.
 
     Raises:
         Refused: there is no such device, or not enough memory for so many weights.
@@ -124,7 +125,7 @@ def loaded(model: Opened, dtype: str | None = None, device: str = "cpu") -> Read
     name = dtype_of(dtype, device)
     if there.type == "cpu":
         _refuse_too_large(model, name)
-    made = load_model(model.checkpoint, DTYPES[name])
+    made = load_model(model.checkpoint, DTYPES[name], held=held)
     torch.nn.Module.to(made, there)
     return Ready(model, made, name, time.perf_counter() - started)
 
