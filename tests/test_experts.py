@@ -210,6 +210,9 @@ def test_an_importance_matrix_knows_every_expert(tmp_path: Path) -> None:
     without = {n.where for n in report.notes if n.kind == "no-importance"}
     assert "model.layers.0.block_sparse_moe.experts.2.w1.weight" in without
     assert "model.layers.0.block_sparse_moe.experts.1.w1.weight" not in without
+    told_of = report.to_json()["experts"]
+    assert [b["shown"] for b in told_of["blocks"]] == [[5, 5, 0, 5]] * 3
+    assert "sent" not in told_of and told_of["blocks"][0]["sent"] == [None] * 4
     mill.quantize(source, "q4_0", tmp_path / "plain.gguf")
     told, plain = (GgufCheckpoint(tmp_path / f"{x}.gguf") for x in ("told", "plain"))
     for expert in range(4):
@@ -306,6 +309,9 @@ def test_experts_learn_from_the_tokens_a_recipe_says(family: str, solver: str, t
         assert told["experts"] == 2 * count and told["shown_least"] == min(
             int(e["tokens"]) for n, e in report.tensors.items() if ".experts." in n
         )
+        block = told["blocks"][0]
+        assert block["experts"] == list(range(count)) and len(told["blocks"]) == 2
+        assert sum(block["sent"]) == ids.numel() * used and min(block["shown"]) >= min(block["sent"])
     assert set(found["all"].values()) == {ids.numel()}
     last = ("w2.weight", "down_proj.weight")
     one_more = [n for n in found["route"] if n.startswith("model.layers.0.") and n.endswith(last)]

@@ -21,6 +21,7 @@ from bitmill.measurement.report import percent
 from bitmill.pages import choice, shell
 from bitmill.pages.anatomy import BINS, anatomy
 from bitmill.pages.beside import beside, report_of
+from bitmill.pages.experts import experts
 from bitmill.pages.frontier import frontier
 from bitmill.pages.heat import heat
 from bitmill.pages.memory import stack
@@ -265,3 +266,49 @@ def test_a_real_file_from_inside(tiny_llama: Path, tmp_path: Path) -> None:
     weights = more.memory["bytes"]["f16"][0][more.memory["names"].index("weights")]
     assert 0 < weights <= out.stat().st_size and stack(tmp_path / "nothing") is None
     assert heat([{**plain, "tensors": []}], [{}]) == ("", {})
+
+
+def run_report(blocks: int, count: int, **more: Any) -> dict[str, Any]:
+    """A run's report of a mixture: expert 1 of each block was sent nothing."""
+    sent = [0 if e == 1 else 10 * e + 5 for e in range(count)]
+    rows = [{"block": b, "sent": sent, "shown": sent, "experts": list(range(count))} for b in range(blocks)]
+    lost = [
+        f"model.layers.{b}.mlp.experts.1.{n}.weight" for b in range(blocks) for n in ("gate", "up", "down")
+    ]
+    notes = [{"kind": "no-importance", "where": "+".join(lost[i : i + 2])} for i in range(0, len(lost), 2)]
+    return {"experts": {"blocks": rows}, "notes": notes, **more}
+
+
+def test_the_map_of_experts_names_who_saw_nothing() -> None:
+    text = page(record().to_json(), Extras(report=run_report(2, 8)))
+    tags = sound(text)
+    assert "0 to 75, median 45; 2 experts had none." in text
+    assert text.count("block 0, expert 3, sent 35<") == 1 and tags.tags.count("svg") == 5
+    drawn = re.search('<g class="broken"[^>]*>(.*?)</g>', text)
+    assert drawn is not None and drawn[1].count("<rect") == 2 and "block 1, expert 1, sent 0<" in drawn[1]
+    assert "6 weights had no data" in text and "model.layers.1.mlp.experts.1: gate, up and down<" in text
+
+
+def test_the_map_says_what_is_not_known() -> None:
+    told = run_report(1, 8)
+    told["experts"]["blocks"][0]["sent"] = [None] * 8
+    assert "that each expert was placed by" in experts(told) and "expert 3, placed by 35<" in experts(told)
+    more = run_report(1, 8)
+    more["experts"]["blocks"][0]["shown"] = [80] * 8
+    assert "more than they are sent: 80 at least" in experts(more) and "sent 35, placed by 80<" in experts(
+        more
+    )
+    without = {"notes": run_report(1, 8)["notes"]}
+    assert "Weights without data" in experts(without) and "<svg" not in experts(without)
+    assert "Every weight had data." in experts({**run_report(1, 8), "notes": []}) and experts({}) == ""
+
+
+def test_large_mixtures_fit_and_hostile_reports_do_no_harm() -> None:
+    assert len(experts(run_report(61, 256))) < 500_000 and len(experts(run_report(48, 128))) < 800_000
+    row = {"block": 1, "sent": [1], "shown": [1]}
+    wrong = ({"block": EVIL}, {"sent": [], "shown": []}, {"shown": [-1]}, {"sent": [1.5]}, {"sent": [1, 2]})
+    assert experts({"experts": {"blocks": [row]}})
+    for rows in (7, [7], *([{**row, **change}] for change in wrong)):
+        assert experts({"experts": {"blocks": rows}, "notes": [7, {"kind": "no-importance"}]}) == ""
+    evil = [{"kind": "no-importance", "where": f"{EVIL}{i}.weight"} for i in range(300)]
+    sound(page(record().to_json(), Extras(report={**run_report(2, 4), "notes": evil})))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
@@ -85,35 +86,57 @@ def _used(config: Mapping[str, Any]) -> int:
 def coverage(tensors: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     """What a report says of its experts, from the counts beside their errors; nothing without any.
 
-    Experts of a block have one entry each: that of the weight whose name comes first.
+    Experts of a block have one entry each: that of the weight whose name comes first. Where a file of moments
+    or importance told what experts have seen, how many tokens each was sent is not known: ``sent`` and what
+    follows from it is then left out.
     """
-    sent: dict[str, tuple[int, int]] = {}
+    found: dict[str, dict[int, tuple[int | None, int]]] = {}
     for name, entry in sorted(tensors.items()):
-        if "sent" in entry:
-            sent.setdefault(_expert(name), (int(entry["sent"]), int(entry["tokens"])))
-    if not sent:
+        if "tokens" in entry:
+            block, expert = _expert(name)
+            sent = int(entry["sent"]) if "sent" in entry else None
+            found.setdefault(block, {}).setdefault(expert, (sent, int(entry["tokens"])))
+    shown = [tokens for experts in found.values() for _, tokens in experts.values()]
+    if not shown:
         return {}
-    counts = sorted(count for count, _ in sent.values())
-    mean = sum(counts) / len(counts)
-    few = [name for name, (count, _) in sent.items() if count < _FEW * mean]
+    blocks = [_block(block, dict(sorted(experts.items()))) for block, experts in found.items()]
+    blocks.sort(key=lambda block: block["block"])
+    told: dict[str, Any] = {"experts": len(shown), "shown_least": min(shown), "blocks": blocks}
+    counts = {(b, e): sent for b, experts in found.items() for e, (sent, _) in experts.items()}
+    known = sorted(sent for sent in counts.values() if sent is not None)
+    if len(known) < len(counts):
+        return told
+    few = _FEW * sum(known) / len(known)
     return {
-        "experts": len(sent),
-        "sent": {"least": counts[0], "median": median(counts), "most": counts[-1]},
-        "shown_least": min(shown for _, shown in sent.values()),
-        "never_sent": sum(count == 0 for count in counts),
-        "under_a_hundredth_of_the_mean": few,
+        **told,
+        "sent": {"least": known[0], "median": median(known), "most": known[-1]},
+        "never_sent": sum(count == 0 for count in known),
+        "under_a_hundredth_of_the_mean": [
+            f"{b}.experts.{e}" for (b, e), sent in counts.items() if sent is not None and sent < few
+        ],
     }
 
 
 def said_of(covered: Mapping[str, Any]) -> str:
     """The line about what :func:`coverage` found."""
-    sent = covered["sent"]
-    return (
-        f"experts: {covered['experts']}, sent {sent['least']:,} to {sent['most']:,} tokens each, median "
-        f"{sent['median']:,.0f}; {covered['never_sent']} none; least shown {covered['shown_least']:,}"
-    )
+    sent, said = covered.get("sent"), f"experts: {covered['experts']}, "
+    if sent is not None:
+        said += f"sent {sent['least']:,} to {sent['most']:,} tokens each, median {sent['median']:,.0f}; "
+        said += f"{covered['never_sent']} none; "
+    return f"{said}least shown {covered['shown_least']:,}"
 
 
-def _expert(name: str) -> str:
+def _block(name: str, experts: Mapping[int, tuple[int | None, int]]) -> dict[str, Any]:
+    """Its number, and of each of its experts in order the tokens it was sent (or null) and was shown."""
+    number = re.search(r"\d+", name)
+    return {
+        "block": int(number[0]) if number else 0,
+        "experts": list(experts),
+        "sent": [sent for sent, _ in experts.values()],
+        "shown": [shown for _, shown in experts.values()],
+    }
+
+
+def _expert(name: str) -> tuple[str, int]:
     head, _, rest = name.partition(".experts.")
-    return f"{head}.experts.{rest.partition('.')[0]}"
+    return head, int(rest.partition(".")[0])

@@ -13,6 +13,7 @@ from bitmill.calibrate.stream import Block
 from bitmill.core.axes import Checkpoint, Grid, Solver, cache_of, inputs_of
 from bitmill.core.errors import Unsolvable
 from bitmill.core.types import Moments, Note, Params, Problem, Quantized, Row, Solution
+from bitmill.families.base import is_expert
 from bitmill.inputs import fixed_by, same_inputs
 from bitmill.journal import Workspace
 from bitmill.numerics.floats import all_finite
@@ -100,10 +101,10 @@ class Placing:
             values[row.name] = dense
         return values
 
-    def count(self, row: Row, moments: Moments, sent: int | None) -> None:
-        """Note how many tokens an expert's weight was placed by, and how many of them it was sent."""
-        if sent is not None:
-            self.tensors[row.name] |= {"tokens": moments.tokens, "sent": sent}
+    def count(self, row: Row, tokens: int, sent: int | None = None) -> None:
+        """Note how many tokens an expert's weight was placed by, and how many it was sent, if known."""
+        if is_expert(row.name):
+            self.tensors[row.name] |= {"tokens": tokens, **({} if sent is None else {"sent": sent})}
 
     def write_kept(self, rows: Sequence[Row], tensors: Mapping[str, Tensor]) -> None:
         """Rows that keep their type: rounded to it, and written."""

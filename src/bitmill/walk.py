@@ -220,7 +220,10 @@ class Walk:
         for row in solved:
             groups.setdefault(id(moments.get(row.name, row)), []).append(row)  # without data: by itself
         for group in groups.values():
-            self.placing.solve(group, tensors, moments.get(group[0].name))
+            told = moments.get(group[0].name)
+            self.placing.solve(group, tensors, told)
+            for row in group:
+                self.placing.count(row, told.tokens if told is not None else 0)
         self.placing.write_kept(rows, tensors)
 
     def _two_passes(
@@ -344,7 +347,7 @@ class Walk:
     ) -> None:
         for row in rows:
             block.assign(row.name.removeprefix(block.prefix), values[row.name])
-            self.placing.count(row, moments, block.sent(_path(block, row)))
+            self.placing.count(row, moments.tokens, block.sent(_path(block, row)))
             if row.inputs is not None:
                 fixed = fixed_by(row, moments, self.plan.dtype)
                 basis = partial(Hadamard.plain, row.turn) if row.turn else None

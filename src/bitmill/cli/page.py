@@ -130,6 +130,7 @@ def _beside_each_other(
         panels=panels(plain[picked], paths[picked], reference, _looking(tell)),
         differences=[_difference(named, a, b) for a, b in pairwise(order)],
         commands=commands,
+        report=report_of(paths[picked]),
     )
     return page(choice)
 
@@ -192,6 +193,7 @@ def of_sweep(made: Outcome, remarks: Sequence[str], command: str, tell: Tell) ->
         remarks=remarks,
         differences=[_pair(pair) for pair in plain["neighbours"]],
         commands=[command],
+        report=chosen.report,
     )
     return page(choice)
 

@@ -45,6 +45,7 @@ def beside(
         memory=stack(path),
         commands=commands,
         times=times,
+        report=report,
     )
 
 

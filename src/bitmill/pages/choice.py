@@ -9,6 +9,7 @@ from typing import Any
 
 from bitmill.measurement.report import give, half_width, percent, size
 from bitmill.pages import plots
+from bitmill.pages.experts import experts
 from bitmill.pages.frontier import frontier
 from bitmill.pages.heat import heat
 from bitmill.pages.parts import Card, commands, facts, listed, panel, rows, section, strip
@@ -35,6 +36,7 @@ class Choice:
         remarks: what to take from the table, in sentences.
         differences: pairs of names with a sentence about their difference.
         commands: that make it again.
+        report: of the run that made the picked tier: for what its experts had seen.
     """
 
     title: str
@@ -48,6 +50,7 @@ class Choice:
     remarks: Sequence[str] = ()
     differences: Sequence[tuple[str, str, str]] = ()
     commands: Sequence[str] = ()
+    report: Mapping[str, Any] = field(default_factory=dict)
 
 
 def page(choice: Choice) -> str:
@@ -71,6 +74,7 @@ def page(choice: Choice) -> str:
             map_of(shown, picture, bool(choice.panels)),
             memory_of(names if choice.memory else []),
             _closely(choice.picked, closest),
+            experts(choice.report),
             _times(choice),
             commands(choice.commands) if choice.commands else "",
             _provenance(choice, closest),

@@ -10,6 +10,7 @@ from typing import Any
 
 from bitmill.measurement.report import give, half_width, lines, percent, size, worst_tensors
 from bitmill.pages import plots
+from bitmill.pages.experts import experts
 from bitmill.pages.heat import heat
 from bitmill.pages.parts import Card, commands, facts, listed, note, panel, rows, section, strip
 from bitmill.pages.shell import page as whole
@@ -36,6 +37,7 @@ class Extras:
         speed: plain values of a :class:`~bitmill.advise.speed.Speed`.
         commands: that make and measure this again.
         times: what took how long: label, class, start, seconds.
+        report: of the run that made the file: for what its experts had seen.
     """
 
     weighted: Mapping[str, float] = field(default_factory=dict)
@@ -44,6 +46,7 @@ class Extras:
     speed: Mapping[str, Any] | None = None
     commands: Sequence[str] = ()
     times: Sequence[tuple[str, str, float, float]] = ()
+    report: Mapping[str, Any] = field(default_factory=dict)
 
 
 def page(record: Plain, extras: Extras | None = None) -> str:
@@ -60,6 +63,7 @@ def page(record: Plain, extras: Extras | None = None) -> str:
             section("By the original’s confidence", _CONFIDENCE, plots.confidence(record)),
             map_of([name], picture, bool(more.panels)),
             _tensors(record),
+            experts(more.report),
             worst_tokens(record),
             memory_of([name] if more.memory else []),
             _times(more),
