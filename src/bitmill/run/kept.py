@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from bitmill.core.axes import Checkpoint, cache_of
 from bitmill.core.cache_choice import cache_choice
@@ -51,7 +51,7 @@ def is_packed(kv: str, dtype: str) -> bool:
     return kv.strip().lower() != dtype
 
 
-def new_cache(kv: str, config: PreTrainedConfig, dtype: str) -> Cache:
+def new_cache(kv: str, config: PretrainedConfig, dtype: str) -> Cache:
     """An empty cache.
 
     Args:

@@ -13,7 +13,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     GenerationConfig,
-    PreTrainedConfig,
+    PretrainedConfig,  # the name that transformers 4 has too
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -77,7 +77,7 @@ def load_model(
     return made.eval()
 
 
-def config_of(checkpoint: Checkpoint) -> PreTrainedConfig:
+def config_of(checkpoint: Checkpoint) -> PretrainedConfig:
     """What transformers makes of ``config.json``, without what it says of types and quantization.
 
     Raises:

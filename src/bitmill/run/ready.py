@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from bitmill.checkpoint.hf_folder import parse_object
 from bitmill.checkpoint.tokenizer import load_tokenizer
@@ -47,7 +47,7 @@ class Opened:
 
     name: str
     checkpoint: Checkpoint
-    config: PreTrainedConfig
+    config: PretrainedConfig
     tokenizer: PreTrainedTokenizerFast
     authors: Mapping[str, Any]
     trained: int
