@@ -19,7 +19,7 @@ from bitmill.recipe import parse
 from bitmill.trust.contracts import contracts, target, version_of
 from bitmill.trust.findings import LEVELS
 from bitmill.trust.layers import layers_of
-from bitmill.trust.planned import judge_plan, refuse_unloadable
+from bitmill.trust.planned import judge_plan, loader_remarks, refuse_unloadable
 from bitmill.trust.rules import judge
 from bitmill.trust.stored import planned, stored
 from tests.tiny import make_model
@@ -144,6 +144,44 @@ def test_what_a_runtime_cannot_load_is_found(line: str, runtime: str, tp: int, l
 def test_experts(line: str, runtime: str, level: str, said: str) -> None:
     findings = found(line, runtime, family="mixtral")
     assert [known for known, what in findings if said in what] == [level], findings
+
+
+@pytest.mark.parametrize(
+    ("line", "family"),
+    [(line, "llama") for line, *_ in BAD]
+    + [("nvfp4, dtype=bf16 > compressed-tensors", "mixtral"), ("int4-g32-asym > awq", "mixtral")],
+)
+def test_a_plan_says_what_verify_says(line: str, family: str) -> None:
+    """One source of facts: every remark quotes a finding of the newest version of the program it names."""
+    remarks = loader_remarks(made(line, family).files)
+    assert set(remarks) <= set(made(line, family).remarks)
+    named = {str(to): to for to in (target(name) for name in contracts())}
+    quoted = {
+        finding.what
+        for to in named.values()
+        for finding in judge_plan(made(line, family).files, to)
+        if finding.level == "error" or finding.doubt
+    }
+    for remark in remarks:
+        assert any(what in remark for what in quoted) or "newest versions" in remark, remark
+        assert any(title in remark for title in named) or "before" in remark
+
+
+def test_a_plan_says_nothing_where_nothing_is_wrong() -> None:
+    assert [loader_remarks(made(line).files) for line, _ in GOOD if "hqq" not in line] == [()] * (
+        len(GOOD) - 1
+    )
+    assert "transformers before 5" in loader_remarks(made("int4-g64-fz > hqq").files)[0]
+
+
+def test_strict_refuses_what_nobody_or_only_a_liar_loads() -> None:
+    for line, said in (
+        ("int4-g32-asym > awq", "AWQ folder"),
+        ("nvfp4, dtype=bf16 > compressed-tensors", "without a word"),
+    ):
+        with pytest.raises(Refused, match=f"--strict: .*{said}"):
+            plan(parse(f"nearest : {line}"), source("mixtral"), strict=True)
+    plan(parse("nearest : int4-g16-sym > compressed-tensors"), source(), strict=True)
 
 
 @pytest.mark.parametrize(

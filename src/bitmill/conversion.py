@@ -28,7 +28,6 @@ from bitmill.core.axes import (
     inputs_of,
     total_bytes,
 )
-from bitmill.core.cautions import cautions_of
 from bitmill.core.errors import BadRecipe, Refused
 from bitmill.core.types import FileImage, Row, TensorFacts
 from bitmill.families.base import LINEAR_ROLES, Family, describe
@@ -38,6 +37,7 @@ from bitmill.planning import MATRIX, Plan, plan
 from bitmill.recipe import Call, Recipe, parse
 from bitmill.relabel import relabelled
 from bitmill.substitutes import dense_grid, dense_only, lays_out, nearest_first, same_grid, why_not
+from bitmill.trust.planned import loader_remarks
 
 AS_STORED = "as-stored"
 """Stands for the grid in the name of a conversion that keeps what is stored."""
@@ -147,7 +147,7 @@ def plan_conversion(
         *_losses(closest, lost),
         *unsaid,
         *unheard,
-        *cautions_of(container, rows),
+        *loader_remarks(files),
         *filter(None, [unread(source)]),
     ]
     return _made(recipe, family, rows, files, container, source, chosen, tuple(remarks), out)

@@ -108,6 +108,21 @@ def cost(
     return BASE_BYTES + block + hidden + activations + grams, 5.0 + seconds + operations / (RATE * cores)
 
 
+def kept_bytes(width: int, tokens: int, blocks: int, weights: int, along: bool) -> int:
+    """Bytes of activations that lie beside an output while it is made: of the last two blocks that left any,
+    and of a third while that is written.
+
+    Args:
+        width: of a hidden state.
+        tokens: of the calibration; 0 without.
+        weights: of a block.
+        along: whether the original model's go along.
+    """
+    size = 4 * width * tokens * (1 + along)
+    every = blocks_between(size, 4 * width * (1 + along), weights) if size else 1
+    return size * min(3, max(blocks - 1, 0) // every)
+
+
 def refuse_folder(out: Path, bytes_: int) -> None:
     """Refuse an output that its folder does not let in, or has no room for."""
     folder = out.parent

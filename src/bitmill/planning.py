@@ -26,6 +26,7 @@ from bitmill.checkpoint.stored_types import requantized, unread
 from bitmill.core import registry
 from bitmill.core.axes import (
     Allocation,
+    CalibratedSolver,
     Checkpoint,
     Choice,
     Container,
@@ -33,16 +34,17 @@ from bitmill.core.axes import (
     Weight,
     total_bytes,
 )
-from bitmill.core.cautions import cautions_of
 from bitmill.core.errors import Refused
+from bitmill.core.learning import BlockSolver
 from bitmill.core.rotating import LearnedTransform
 from bitmill.core.types import FileImage, Row, TensorFacts
 from bitmill.expert_coverage import expert_remarks
 from bitmill.families.base import LINEAR_ROLES, Family, describe, is_expert, traits
 from bitmill.folding_plan import learning_of, own_head, transform_remarks, with_rotations
-from bitmill.forecast import cost, refuse_folder
+from bitmill.forecast import cost, kept_bytes, refuse_folder
 from bitmill.inputs import input_remarks, with_inputs
 from bitmill.recipe import Recipe
+from bitmill.trust.planned import loader_remarks
 from bitmill.tuning_plan import tuned
 
 BYTES = {"f32": 4, "f16": 2, "bf16": 2}
@@ -66,6 +68,7 @@ class Plan:
         peak_bytes: modelled peak of anonymous memory.
         seconds: modelled time on this machine's cores.
         remarks: what a reader must know (an untied head, a seam that is skipped).
+        timed: how ``seconds`` was found where it was not modelled: see :mod:`bitmill.timing`.
     """
 
     recipe: Recipe
@@ -81,6 +84,7 @@ class Plan:
     peak_bytes: int
     seconds: float
     remarks: tuple[str, ...] = ()
+    timed: str = ""
 
     @property
     def bytes_(self) -> int:
@@ -103,6 +107,20 @@ class Plan:
         linear = [row for row in self.rows if row.role in LINEAR_ROLES]
         bits = sum(row.grid.storage_bits((row.shape[0], row.shape[1])) for row in linear)
         return bits / max(sum(math.prod(row.shape) for row in linear), 1)
+
+    @property
+    def disk_bytes(self) -> int:
+        """The most that is on disk while it is made: the output, and what a resumed run would go on from."""
+        blocks: Counter[int] = Counter()
+        for row in self.rows:
+            if row.layer is not None:
+                blocks[row.layer] += math.prod(row.shape)
+        width = next((row.shape[1] for row in self.rows if row.role == "embed"), 0)
+        solver = self.recipe.make_solver()
+        along = isinstance(solver, BlockSolver) or (isinstance(solver, CalibratedSolver) and solver.cross)
+        tokens = self.nsamples * self.seqlen if self.needs != "nothing" else 0
+        weights = max(blocks.values(), default=0)
+        return self.bytes_ + kept_bytes(width, tokens, len(blocks), weights, along)
 
     @property
     def fallbacks(self) -> tuple[Row, ...]:
@@ -138,7 +156,8 @@ class Plan:
             f"{self.bytes_:,} bytes, {self.bpw:.3f} bits a weight ({self.bpw_linears:.3f} in the linears)"
         )
         lines.append(
-            f"about {self.peak_bytes / 2**30:.1f} GiB of memory and {_minutes(self.seconds)} (modelled)"
+            f"about {self.peak_bytes / 2**30:.1f} GiB of memory, {self.disk_bytes / 2**30:.1f} GiB of disk "
+            f"while it runs and {_minutes(self.seconds)} (modelled{f'; {self.timed}' if self.timed else ''})"
         )
         return tuple(lines)
 
@@ -190,7 +209,8 @@ class Plan:
             "dtype": self.dtype,
             "calibration": {"needs": self.needs, "nsamples": self.nsamples, "seqlen": self.seqlen},
             "peak_bytes": {"value": self.peak_bytes, "evidence": "modelled"},
-            "seconds": {"value": self.seconds, "evidence": "modelled"},
+            "disk_bytes": {"value": self.disk_bytes, "evidence": "modelled"},
+            "seconds": {"value": self.seconds, "evidence": self.timed or "modelled"},
             "remarks": list(self.remarks),
             "files": [{"path": f.path, "bytes": f.bytes_} for f in self.files],
             "rows": [
@@ -252,11 +272,10 @@ def plan(
             needs = "diagonal"
             remarks += (f"{blind.grid} needs to know a weight's inputs: the run calibrates first",)
     rows, said = _at_run_time(recipe, rows, container, checkpoint)
-    remarks += said + cautions_of(container, rows, strict)
+    remarks += said + _unheard(recipe, rows, container, checkpoint, dtype)
     fixing = (grid.fixed for row in rows for grid in (row.cache, row.inputs) if grid is not None)
     if needs == "nothing" and any(fixing):
         needs = "diagonal"
-    remarks += _unheard(recipe, rows, container, checkpoint, dtype)
     again = requantized(checkpoint) if any(str(row.grid) not in BYTES for row in rows) else None
     remarks += tuple(said for said in (again, unread(checkpoint)) if said is not None)
     if recipe.container == "gguf":
@@ -265,10 +284,9 @@ def plan(
     remarks += expert_remarks(recipe, rows, family, solver, checkpoint, needs, nsamples * seqlen)
     provenance = {"recipe": str(recipe), "source": checkpoint.digest, "version": version("bitmill")}
     files = container.files(rows, checkpoint, provenance)
+    remarks += loader_remarks(files, strict)
     if out is not None and files[0].path and out.suffix == ".gguf":
         raise Refused("this output is a folder", where=str(out), fix=f"-o {out.with_suffix('')}")
-    if out is not None:
-        refuse_folder(out, total_bytes(files))
     said, learning = learning_of(recipe, rows, checkpoint, nsamples, seqlen)
     remarks += said
     tune = recipe.make_tune()
@@ -279,19 +297,11 @@ def plan(
     if tune is not None:
         said, taken = tuned(rows, checkpoint.config, str(recipe.tune), tune, *calibration, taken)
         remarks += said
-    return Plan(
-        recipe,
-        family,
-        rows,
-        files,
-        container,
-        checkpoint.digest,
-        dtype,
-        *calibration,
-        needs,
-        *taken,
-        remarks,
-    )
+    settled = (checkpoint.digest, dtype, *calibration, needs, *taken, remarks)
+    made = Plan(recipe, family, rows, files, container, *settled)
+    if out is not None:
+        refuse_folder(out, made.disk_bytes)
+    return made
 
 
 def _at_run_time(

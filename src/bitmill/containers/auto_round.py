@@ -3,7 +3,7 @@
 The words are GPTQ's or AWQ's, without an index of groups, and every layer may have bits and groups of its
 own (Cheng et al., arXiv 2309.05516). It names a layout, whichever solver filled it. Written are symmetric
 integers, as ``auto_round:auto_gptq``, which every reader has a kernel for; all packings of integers are read.
-Experts of a mixture are stored one by one; no loader is known to take those, and the plan says so.
+Experts of a mixture are stored one by one; the plan says who is known to take those.
 """
 
 from __future__ import annotations
@@ -32,11 +32,10 @@ from bitmill.checkpoint.word_layout import (
     packed_row,
     planned_row,
 )
-from bitmill.core.axes import Checkpoint, Grid
-from bitmill.core.cautions import Caution, CautiousContainer
+from bitmill.core.axes import Checkpoint, Container, Grid
 from bitmill.core.errors import Refused
 from bitmill.core.types import FileImage, Quantized, Row
-from bitmill.families.base import LINEAR_ROLES, untried_experts
+from bitmill.families.base import LINEAR_ROLES
 from bitmill.grids.dense import Dense
 from bitmill.grids.integer import Integer, bits_and_group, integers
 
@@ -56,7 +55,7 @@ _READ = {
 
 @final
 @dataclass(frozen=True)
-class AutoRound(CautiousContainer):
+class AutoRound(Container):
     """A Hugging Face folder whose layers may each have a symmetric integer grid of their own."""
 
     single_file: ClassVar[bool] = False
@@ -84,9 +83,6 @@ class AutoRound(CautiousContainer):
         if shape[0] % 32 or shape[1] % 32:
             return f"both sides must be multiples of 32, and the weight is {shape[0]} × {shape[1]}"
         return None
-
-    def cautions(self, rows: Sequence[Row]) -> tuple[Caution, ...]:
-        return untried_experts(rows, "AutoRound folders")
 
     def adapt(self, grid: Grid, dtype: str) -> Grid:
         """Scales are half precision."""

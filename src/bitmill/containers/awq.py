@@ -2,7 +2,7 @@
 
 Four bits, packed across the outputs, with zero points as they are (Lin et al., arXiv 2306.00978). It names a
 layout, whichever solver filled it: ``awq`` among the transforms is the method.
-Experts of a mixture are stored one by one; no loader is known to take those, and the plan says so.
+Experts of a mixture are stored one by one; the plan says who is known to take those.
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ from bitmill.checkpoint.word_layout import (
     packed_row,
     planned_row,
 )
-from bitmill.core.axes import Checkpoint, Grid
-from bitmill.core.cautions import Caution, CautiousContainer
+from bitmill.core.axes import Checkpoint, Container, Grid
 from bitmill.core.errors import Refused
 from bitmill.core.types import FileImage, Quantized, Row
-from bitmill.families.base import LINEAR_ROLES, untried_experts
+from bitmill.families.base import LINEAR_ROLES
 from bitmill.grids.dense import Dense
 from bitmill.grids.integer import Integer, bits_and_group, integers
 
@@ -47,7 +46,7 @@ _NEVER = ("embed", "head")
 
 @final
 @dataclass(frozen=True)
-class Awq(CautiousContainer):
+class Awq(Container):
     """A Hugging Face folder with one grid of four-bit integers for its layers, scales in half precision."""
 
     single_file: ClassVar[bool] = False
@@ -77,9 +76,6 @@ class Awq(CautiousContainer):
         if shape[0] % 8:
             return f"eight outputs fill a word, and {shape[0]} are no multiple of 8"
         return None
-
-    def cautions(self, rows: Sequence[Row]) -> tuple[Caution, ...]:
-        return untried_experts(rows, "AWQ folders")
 
     def adapt(self, grid: Grid, dtype: str) -> Grid:
         """Scales are half precision; every zero point can be stored."""

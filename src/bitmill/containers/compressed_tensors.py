@@ -45,12 +45,11 @@ from bitmill.checkpoint.safetensors_write import (
 from bitmill.containers import _compressed_online as online
 from bitmill.containers._compressed_read import open_folder
 from bitmill.core.axes import Checkpoint, Grid, torch_dtype
-from bitmill.core.cautions import Caution, CautiousContainer
 from bitmill.core.errors import Refused
 from bitmill.core.inputs import InputGrid
 from bitmill.core.online import OnlineContainer
 from bitmill.core.types import FileImage, Quantized, Row
-from bitmill.families.base import head_dim, is_expert
+from bitmill.families.base import head_dim
 from bitmill.grids.dense import Dense
 from bitmill.grids.integer import Integer
 from bitmill.grids.minifloat import Minifloat
@@ -76,7 +75,7 @@ _FIXED = {"scale": "input_scale", "zero": "input_zero_point", "gain": "input_glo
 
 @final
 @dataclass(frozen=True)
-class CompressedTensors(OnlineContainer, CautiousContainer):
+class CompressedTensors(OnlineContainer):
     """A Hugging Face folder in the layouts of the compressed-tensors package, 0.19 or newer (MXFP6: 0.20)."""
 
     single_file: ClassVar[bool] = False
@@ -118,23 +117,6 @@ class CompressedTensors(OnlineContainer, CautiousContainer):
 
     def implied_inputs(self, rows: Sequence[Row]) -> Mapping[str, InputGrid]:
         return {}
-
-    def cautions(self, rows: Sequence[Row]) -> tuple[Caution, ...]:
-        return (*_of_rotations(rows), *self._of_experts(rows))
-
-    def _of_experts(self, rows: Sequence[Row]) -> tuple[Caution, ...]:
-        experts = [row for row in rows if is_expert(row.name)]
-        rest = "; they are for vLLM"
-        fix = "int4-g128-sym, or fp8-e4m3-channel, which it loads"
-        misread = [row.name for row in experts if str(row.grid) == "nvfp4"]
-        if misread:
-            text = f"transformers takes the {len(misread)} experts on nvfp4 for other numbers, without a word"
-            return (Caution(text + rest, True, misread[0], fix),)
-        fails = [row.name for row in experts if _fails_in_transformers(row)]
-        if not fails or all(isinstance(row.grid, Dense) for row in rows):
-            return ()
-        text = f"transformers fails on {len(fails)} experts: zero points, whole bytes, or kept dense"
-        return (Caution(text + rest, False, fails[0], fix),)
 
     def adapt(self, grid: Grid, dtype: str) -> Grid:
         """Readers hold scales in the model's own type, so a 16-bit model gets scales of that type; single
@@ -183,23 +165,6 @@ class CompressedTensors(OnlineContainer, CautiousContainer):
 
 
 _CLIPPED = "its readers take scales from the whole range: leave out -clip, or write > bitmill"
-
-
-def _of_rotations(rows: Sequence[Row]) -> tuple[Caution, ...]:
-    turned = [row for row in rows if row.turn]
-    if not turned:
-        return ()
-    text = (
-        f"transformers loads it without the {len(turned)} rotations at run time, and computes other numbers"
-    )
-    fix = "leave out r3 and r4, whose rotations are the runtime's; r1 and r2 are in the weights"
-    return (Caution(f"{text}; it is for vLLM", True, turned[0].name, fix),)
-
-
-def _fails_in_transformers(row: Row) -> bool:
-    """Of an expert."""
-    grid = row.grid
-    return isinstance(grid, Dense) or (isinstance(grid, Integer) and (grid.zero != "sym" or _is_plain(row)))
 
 
 def _unknown(grid: Grid) -> str | None:

@@ -9,7 +9,7 @@ GPTQModel by itself takes version 1 with zero points from its own folders only: 
 Layers may differ in bits, groups and zero points: the commonest stand in the settings, others in rules by
 pattern (``dynamic``), of which the first that matches decides. GPTQModel and vLLM read such folders;
 transformers, which loads through optimum, hears no rule and refuses the shapes.
-Experts of a mixture are stored one by one; no loader is known to take those, and the plan says so.
+Experts of a mixture are stored one by one; the plan says who is known to take those.
 """
 
 from __future__ import annotations
@@ -40,11 +40,10 @@ from bitmill.checkpoint.word_layout import (
     packed_row,
     planned_row,
 )
-from bitmill.core.axes import Checkpoint, Grid
-from bitmill.core.cautions import Caution, CautiousContainer
+from bitmill.core.axes import Checkpoint, Container, Grid
 from bitmill.core.errors import BadFile, Refused
 from bitmill.core.types import FileImage, Quantized, Row
-from bitmill.families.base import LINEAR_ROLES, untried_experts
+from bitmill.families.base import LINEAR_ROLES
 from bitmill.grids.dense import Dense
 from bitmill.grids.integer import Integer, bits_and_group, integers
 
@@ -59,7 +58,7 @@ _LAYOUTS = {1: ("gptq", GPTQ_V1), 2: ("gptq_v2", GPTQ_V2)}
 
 @final
 @dataclass(frozen=True)
-class Gptq(CautiousContainer):
+class Gptq(Container):
     """A Hugging Face folder with integer grids for its layers, scales in half precision.
 
     Attributes:
@@ -97,17 +96,6 @@ class Gptq(CautiousContainer):
         if shape[0] % 32 or shape[1] % 32:
             return f"both sides must be multiples of 32, and the weight is {shape[0]} × {shape[1]}"
         return None
-
-    def cautions(self, rows: Sequence[Row]) -> tuple[Caution, ...]:
-        kinds = {bits_and_group(row.grid): row.name for row in rows if isinstance(row.grid, Integer)}
-        rules = Caution(
-            "bits and groups differ by layer: GPTQModel and vLLM read that; transformers, by optimum, does "
-            "not and refuses the folder",
-            False,
-            next(iter(kinds.values()), ""),
-            "one grid for all layers, or > compressed-tensors",
-        )
-        return (*untried_experts(rows, "GPTQ folders"), *((rules,) if len(kinds) > 1 else ()))
 
     def adapt(self, grid: Grid, dtype: str) -> Grid:
         """Scales are half precision. In version 1 a zero point is stored as one less, so it starts at 1."""

@@ -27,11 +27,10 @@ from bitmill.checkpoint.safetensors_write import (
     to_bytes,
 )
 from bitmill.containers._hqq_read import METHOD, PACKINGS, is_hqq, open_folder, pack_parts, packed_shape
-from bitmill.core.axes import Checkpoint, Grid, torch_dtype
-from bitmill.core.cautions import Caution, CautiousContainer
+from bitmill.core.axes import Checkpoint, Container, Grid, torch_dtype
 from bitmill.core.errors import Refused
 from bitmill.core.types import FileImage, Quantized, Row
-from bitmill.families.base import LINEAR_ROLES, is_expert, untried_experts
+from bitmill.families.base import LINEAR_ROLES, is_expert
 from bitmill.grids.dense import Dense
 from bitmill.grids.integer import Integer
 from bitmill.grids.integer_down import IntegerDown
@@ -43,7 +42,7 @@ _NAMES = {"f32": "torch.float32", "f16": "torch.float16", "bf16": "torch.bfloat1
 
 @final
 @dataclass(frozen=True)
-class Hqq(CautiousContainer):
+class Hqq(Container):
     """A Hugging Face folder for hqq 0.2.8 and transformers 4: integers with real zero points, grouped along
     the inputs (``int4-g64-fz``, hqq's axis 1) or down the outputs (``int4-r64-fz``, axis 0)."""
 
@@ -82,9 +81,6 @@ class Hqq(CautiousContainer):
                 f"{across} are not a multiple of the {parts} that it packs into one byte; take another group"
             )
         return None
-
-    def cautions(self, rows: Sequence[Row]) -> tuple[Caution, ...]:
-        return untried_experts(rows, "HQQ folders")
 
     def adapt(self, grid: Grid, dtype: str) -> Grid:
         """Readers hold scales and zeros in the model's own type; single precision holds any, and 16 bits are

@@ -31,11 +31,10 @@ from bitmill.checkpoint.safetensors_write import (
     to_bytes,
 )
 from bitmill.containers._spqr_read import BITS, METHOD, MOST_COLUMNS, TENSORS, open_folder, words_of
-from bitmill.core.axes import Checkpoint, Grid
-from bitmill.core.cautions import Caution, CautiousContainer
+from bitmill.core.axes import Checkpoint, Container, Grid
 from bitmill.core.errors import Refused
 from bitmill.core.types import FileImage, Quantized, Row
-from bitmill.families.base import LINEAR_ROLES, is_expert, untried_experts
+from bitmill.families.base import LINEAR_ROLES, is_expert
 from bitmill.grids.dense import Dense
 from bitmill.grids.spqr import Spqr as Values
 from bitmill.numerics.outliers import sparse
@@ -48,7 +47,7 @@ _OTHERS = 2116  # bytes that the kernel keeps beside the inputs
 
 @final
 @dataclass(frozen=True)
-class Spqr(CautiousContainer):
+class Spqr(Container):
     """A Hugging Face folder of SpQR's three-bit layers for spqr_quant 0.2.0 and transformers 4.57; what is
     kept is in half precision, since its reader takes no other."""
 
@@ -84,9 +83,6 @@ class Spqr(CautiousContainer):
                 f"not {shape[1]}; keep this role, or > bitmill"
             )
         return None
-
-    def cautions(self, rows: Sequence[Row]) -> tuple[Caution, ...]:
-        return untried_experts(rows, "SpQR folders")
 
     def adapt(self, grid: Grid, dtype: str) -> Grid:
         return grid

@@ -28,11 +28,10 @@ from bitmill.checkpoint.safetensors_write import (
     to_bytes,
 )
 from bitmill.containers._torchao_read import open_folder
-from bitmill.core.axes import Checkpoint, Grid, torch_dtype
-from bitmill.core.cautions import Caution, CautiousContainer
+from bitmill.core.axes import Checkpoint, Container, Grid, torch_dtype
 from bitmill.core.errors import Refused
 from bitmill.core.types import FileImage, Quantized, Row
-from bitmill.families.base import LINEAR_ROLES, is_expert, untried_experts
+from bitmill.families.base import LINEAR_ROLES, is_expert
 from bitmill.grids.dense import Dense
 from bitmill.grids.integer import Integer
 from bitmill.grids.minifloat import Minifloat
@@ -47,7 +46,7 @@ _PER_ROW = {"_type": "PerRow", "_version": 1, "_data": {"dim": -1}}
 
 @final
 @dataclass(frozen=True)
-class Torchao(CautiousContainer):
+class Torchao(Container):
     """A Hugging Face folder for torchao 0.18 or newer. Codes of fewer than 8 bits take a byte each, as
     torchao keeps them until a runtime packs them: the file is as large as with 8 bits."""
 
@@ -69,9 +68,6 @@ class Torchao(CautiousContainer):
         if role not in LINEAR_ROLES:
             return f"its readers take only the layers of the blocks quantized, not the {role}"
         return grid.refuses(shape)
-
-    def cautions(self, rows: Sequence[Row]) -> tuple[Caution, ...]:
-        return untried_experts(rows, "torchao folders")
 
     def adapt(self, grid: Grid, dtype: str) -> Grid:
         """Scales are single precision for 8 bits a row, else of the model's own type."""

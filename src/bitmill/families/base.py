@@ -9,7 +9,7 @@ calibrated, nothing is folded, and the plan says so.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -17,9 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bitmill.core.axes import Seam
-from bitmill.core.cautions import Caution
 from bitmill.core.errors import Refused
-from bitmill.core.types import Row
 
 LINEAR_ROLES = frozenset({"q", "k", "v", "o", "gate", "up", "down", "linear"})
 """Roles of the weights that a recipe's solver places by default."""
@@ -126,16 +124,6 @@ class Family:
 def is_expert(tensor: str) -> bool:
     """Whether a tensor is one expert's, of several in its block."""
     return _EXPERT.search(tensor) is not None
-
-
-def untried_experts(rows: Sequence[Row], files: str) -> tuple[Caution, ...]:
-    """The caution of a container whose loaders were not seen to take experts of a mixture; nothing where none
-    is quantized."""
-    placed = [row.name for row in rows if is_expert(row.name) and str(row.grid) not in ("f32", "f16", "bf16")]
-    if not placed:
-        return ()
-    text = f"no loader is known to take the {len(placed)} quantized experts of this mixture from {files}"
-    return (Caution(text, True, placed[0], "keep=gate+up+down, symmetric > compressed-tensors, or > gguf"),)
 
 
 def attention_seams(attn_norm: str) -> tuple[Seam, ...]:

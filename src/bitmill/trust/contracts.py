@@ -75,6 +75,7 @@ class Rule:
         demand: fields and the values they must have; of nothing, where the rule forbids.
         level: of what is found.
         what, fix: for a reader; ``{bits}`` and its like stand for the first offender's.
+        doubt: as of a :class:`~bitmill.trust.findings.Finding`.
     """
 
     id: str
@@ -88,6 +89,7 @@ class Rule:
     fix: str
     source: str
     date: str
+    doubt: str = ""
 
 
 @dataclass(frozen=True)
@@ -233,4 +235,5 @@ def _rule(row: Mapping[str, Any], sources: Mapping[str, Any]) -> Rule:
         fix=row.get("fix", ""),
         source=source["what"],
         date=source["date"],
+        doubt=row.get("doubt", ""),
     )

@@ -25,6 +25,8 @@ class Finding:
         where: the file, tensor or key; empty when it is all of it.
         fix: what would work; empty when nothing is to be done.
         source: whose word it is and of when, for facts about other people's programs.
+        doubt: ``silent``: it loads, and computes other numbers than are stored; ``unseen``: nobody was seen
+            to load it; empty where that is no question.
     """
 
     level: str
@@ -33,6 +35,7 @@ class Finding:
     where: str = ""
     fix: str = ""
     source: str = ""
+    doubt: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -43,6 +46,7 @@ class Finding:
             "where": self.where,
             "fix": self.fix,
             "source": self.source,
+            "doubt": self.doubt,
         }
 
 

@@ -130,7 +130,7 @@ def _broken(rule: Rule, model: Stored, layers: Sequence[Layer], to: Target, tp: 
     what = rule.what.format_map(_Quoted({**first.quoted, "runtime": str(to), "tp": tp}))
     fix = rule.fix.format_map(_Quoted({**first.quoted, "runtime": str(to), "tp": tp}))
     where = f"{first.where}, and {len(offences) - 1} more" if len(offences) > 1 else first.where
-    yield Finding(rule.level, "runtime", what, where, fix, f"{rule.source} ({rule.date})")
+    yield Finding(rule.level, "runtime", what, where, fix, f"{rule.source} ({rule.date})", rule.doubt)
 
 
 class _Quoted(dict[str, Any]):
