@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -34,6 +35,7 @@ from bitmill.cli.options import (
     Strict,
     TensorType,
 )
+from bitmill.cli.progress import Teller
 from bitmill.cli.verify import Cards, refuse_unloadable
 from bitmill.cli.wanted import Types, wanted
 
@@ -73,13 +75,17 @@ def plan(
     rows: Annotated[
         bool, typer.Option("--rows", help="A line for every tensor, not for every kind.")
     ] = False,
+    time: Annotated[
+        bool, typer.Option("--time", help="Time the first blocks for real, on random text and thrown away.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Say what a recipe would do, before any weight is read, and what memory running the model takes.
 
-    Every tensor's grid and why, the size exact to the byte, memory and time as modelled. What cannot work is
-    refused here, with what would. With --context, --kv, --machine …: whether the result fits, which context
-    would, and how fast it would run. Without a recipe: the model as it is.
+    Every tensor's grid and why, the size exact to the byte, memory, disk and time as modelled (--time does
+    some blocks to know better). What cannot work is refused here, with what would. With --context, --kv,
+    --machine …: whether the result fits, which context would, and how fast it would run. Without a recipe:
+    the model as it is.
 
         bitmill plan smollm2 Q4_K_M
         bitmill plan ./my-model "awq + gptq : int4-g128" --rows --for vllm@0.11 --tp 2
@@ -91,7 +97,7 @@ def plan(
 
     asked = Asked(context, parallel, kv, machine, runtime, plot)
     named = (out, keep, group_size, tensor_type, output_tensor_type, token_embedding_type, pre_tokenizer)
-    about = (*named, pure, strict, rows, split_max_size, split_max_tensors, imatrix)
+    about = (*named, pure, strict, rows, time, split_max_size, split_max_tensors, imatrix)
     if recipe is None and bits is None and not any(about):
         running = answer(asked, model, revision)
         say.emit({"memory": running.to_json()}) if json else running.show()
@@ -110,6 +116,7 @@ def plan(
     )
     check_imatrix(made, source, imatrix, imatrix_missing)
     refuse_unloadable([made], runtime, tp)
+    made = _timed(made, source, imatrix, imatrix_missing) if time else made
     found = answer(asked, model, revision, made, source) if asked.anything else None
     if json:
         say.emit({**made.to_json(), **({"memory": found.to_json()} if found is not None else {})})
@@ -129,6 +136,17 @@ def check_imatrix(made: Plan, source: Checkpoint, files: Sequence[Path] | None, 
     _, account = importance(made, source, files, missing)
     if account.notes:
         say.note(f"{len(account.notes)} weights have no data in the importance matrix: {missing}")
+
+
+def _timed(made: Plan, source: Checkpoint, files: Sequence[Path] | None, missing: str) -> Plan:
+    """The plan with its first blocks timed instead of modelled."""
+    from bitmill.mill import importance
+    from bitmill.timing import timed
+
+    known = importance(made, source, files, missing)[0] if files else None
+    with Teller() as teller:
+        found = timed(made, source, known, tell=teller)
+    return replace(made, seconds=found.seconds, timed=found.said)
 
 
 def show(made: Plan, every_row: bool) -> None:

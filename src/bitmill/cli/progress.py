@@ -47,6 +47,7 @@ TITLES = {
     "panels": "looking into tensors",
     "tier": "tiers",
     "bench": "timing",
+    "timing": "timing blocks",
     "sums": "checksums",
     "values": "looking at values",
 }
