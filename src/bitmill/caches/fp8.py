@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import final
 
 import torch
 from torch import Tensor
 
-from bitmill.core.caches import CacheCode, CacheMethod, Layout
+from bitmill.core.caches import CacheCode, CacheMethod, Direct, Layout
 
 _TEXT = re.compile(r"fp8(?:-(e4m3|e5m2))?(-token)?")
 _TYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -76,4 +77,12 @@ class Fp8Cache(CacheMethod):
             values = fields["numbers"].contiguous().view(dtype).to(torch.float32)
             return values * fields["scale"].to(torch.float32) if self.scaled else values
 
-        return CacheCode(pack, unpack)
+        scale = "scale" if self.scaled else ""
+        direct = Direct("numbers", scale, "", 8, _levels(self.type), head, 0, head)
+        return CacheCode(pack, unpack, direct=(direct,))
+
+
+@cache
+def _levels(type_: str) -> Tensor:
+    """What all bytes stand for; those of no number are never stored."""
+    return torch.arange(256, dtype=torch.uint8).view(_TYPES[type_]).to(torch.float32).nan_to_num(0, 0, 0)

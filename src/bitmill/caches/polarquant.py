@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bitmill.core.caches import CacheCode, CacheMethod, Layout
 from bitmill.numerics.cache_bases import random_basis
-from bitmill.numerics.cache_polar import BLOCK, polar_fields, polar_pack, polar_unpack
+from bitmill.numerics.cache_polar import BLOCK, polar_direct, polar_fields, polar_pack, polar_unpack
 
 _SEED = 0
 
@@ -54,4 +54,4 @@ class PolarQuantCache(CacheMethod):
         def pack(x: Tensor) -> dict[str, Tensor]:
             return polar_pack(x @ basis.to(x.device).mT)
 
-        return CacheCode(pack, lambda fields: polar_unpack(fields, head), basis)
+        return CacheCode(pack, lambda fields: polar_unpack(fields, head), basis, (polar_direct(head),))

@@ -47,13 +47,14 @@ class Layout:
 
 @dataclass(frozen=True, eq=False)
 class Direct:
-    """Coordinates ``level[code] · step + low`` of one token, which compiled loops read as they are packed.
+    """Coordinates ``level[code] · step + low``, which compiled loops read as they are packed.
 
     Attributes:
         codes, step, low: names of fields; the codes are a little-endian stream of ``bits`` each, steps and
-            smallest values are one a group; without a name, the smallest value is 0.
+            smallest values are one a group. Without a name, steps are 1 and smallest values are 0.
         levels: ``2**bits`` float32.
-        group: coordinates that share a step.
+        group: coordinates of a token that share a step; of 0, every coordinate has its own for a whole run
+            of tokens.
         first, width: which coordinates these are.
         zero: name of a field of whole numbers that are taken off ``level[code]`` before; without, none are.
     """
@@ -67,6 +68,54 @@ class Direct:
     first: int
     width: int
     zero: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class DirectBlocks:
+    """Blocks of 32 coordinates as llama.cpp has them: half-precision numbers in front, and codes of four
+    bits, those of the second half above those of the first; or codes of eight.
+
+    Attributes:
+        blocks: name of the field.
+        bytes_: of a block.
+        low, fifth: where in it the smallest value is and where the fifth bits are; -1 for none.
+        codes: where those are.
+        levels: 16 or 32 float32, what codes are multiplied by the first number of; empty where these are
+            int8.
+        first, width: which coordinates these are.
+    """
+
+    blocks: str
+    bytes_: int
+    low: int
+    fifth: int
+    codes: int
+    levels: Tensor
+    first: int
+    width: int
+
+
+@dataclass(frozen=True, eq=False)
+class DirectAngles:
+    """Sixteen coordinates as a radius and fifteen angles.
+
+    Attributes:
+        angles: names of the fields of angles: of two coordinates (four bits), and then of two radii, three
+            times (two bits).
+        radius: name of the last radius.
+        levels: the angles of each of those fields' codes.
+        first, width: which coordinates these are.
+    """
+
+    angles: tuple[str, ...]
+    radius: str
+    levels: tuple[Tensor, ...]
+    first: int
+    width: int
+
+
+Packed = Direct | DirectBlocks | DirectAngles
+"""What compiled loops know how to read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +135,7 @@ class CacheCode:
     pack: Callable[[Tensor], dict[str, Tensor]]
     unpack: Callable[[Mapping[str, Tensor]], Tensor]
     basis: Tensor | None = None
-    direct: tuple[Direct, ...] = ()
+    direct: tuple[Packed, ...] = ()
 
     def turned(self, x: Tensor) -> Tensor:
         """Queries ``batch heads n head`` as products with coordinates need them: ``… width``."""

@@ -66,7 +66,8 @@ def channel_code(head: int, bits: int, tokens: int) -> CacheCode:
         codes = unpack(fields["codes"], bits, head)
         return _values(codes, fields["step"].unsqueeze(-2), fields["low"].unsqueeze(-2)).flatten(-3, -2)
 
-    return CacheCode(packed, unpacked)
+    levels = torch.arange(2**bits, dtype=torch.float32)
+    return CacheCode(packed, unpacked, direct=(Direct("codes", "step", "low", bits, levels, 0, 0, head),))
 
 
 def _rounded(x: Tensor, dim: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from math import pi
 
 import torch
 from torch import Tensor
 
-from bitmill.core.caches import Fields
+from bitmill.core.caches import DirectAngles, Fields
 from bitmill.numerics.bits import pack, packed_words, unpack
 from bitmill.numerics.cache_sphere import half
 from bitmill.numerics.lloyd_max import angle_levels
@@ -52,6 +53,14 @@ def polar_unpack(fields: Mapping[str, Tensor], head: int) -> Tensor:
         angle = _levels(level, codes.device)[codes.to(torch.int32)]
         radii = torch.stack((radii * angle.cos(), radii * angle.sin()), -1).flatten(-2)
     return radii
+
+
+@lru_cache(maxsize=64)
+def polar_direct(head: int) -> DirectAngles:
+    """How compiled loops read it."""
+    angles = tuple(f"angle{level}" for level in range(len(BITS)))
+    levels = tuple(_levels(level, torch.device("cpu")) for level in range(len(BITS)))
+    return DirectAngles(angles, "radius", levels, 0, head)
 
 
 def _levels(level: int, device: torch.device) -> Tensor:

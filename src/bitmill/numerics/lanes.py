@@ -33,10 +33,12 @@ class _Model(models.PrimitiveModel):
         super().__init__(manager, kind, _FLOATS)
 
 
-_EIGHT = _Eight()
+EIGHT = _Eight()
+"""The type of such a value, for functions that add operations."""
 
 
-def _place(context: Any, builder: Any, kind: Any, vector: Any, array: Any, offset: Any) -> Any:
+def place(context: Any, builder: Any, kind: Any, vector: Any, array: Any, offset: Any) -> Any:
+    """Where element ``offset`` of ``array`` is, as a pointer to ``vector``."""
     first = context.make_array(kind)(context, builder, array).data
     return builder.bitcast(builder.gep(first, [offset]), vector.as_pointer())
 
@@ -49,7 +51,7 @@ def spread(typing: Any, value: Any) -> Any:
         one = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), args[0], ir.Constant(_WORD, 0))
         return builder.shuffle_vector(one, one, ir.Constant(_WORDS, None))
 
-    return _EIGHT(types.float32), lower
+    return EIGHT(types.float32), lower
 
 
 @_operation
@@ -57,9 +59,9 @@ def load(typing: Any, array: Any, offset: Any) -> Any:
     """Eight neighbours of a float32 array."""
 
     def lower(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load(_place(context, builder, signature.args[0], _FLOATS, *args), align=4)
+        return builder.load(place(context, builder, signature.args[0], _FLOATS, *args), align=4)
 
-    return _EIGHT(array, types.intp), lower
+    return EIGHT(array, types.intp), lower
 
 
 @_operation
@@ -67,10 +69,10 @@ def load_bytes(typing: Any, array: Any, offset: Any) -> Any:
     """Eight neighbours of a uint8 array, as floats."""
 
     def lower(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        small = builder.load(_place(context, builder, signature.args[0], _BYTES, *args), align=1)
+        small = builder.load(place(context, builder, signature.args[0], _BYTES, *args), align=1)
         return builder.uitofp(small, _FLOATS)
 
-    return _EIGHT(array, types.intp), lower
+    return EIGHT(array, types.intp), lower
 
 
 @_operation
@@ -79,34 +81,34 @@ def store(typing: Any, array: Any, offset: Any, value: Any) -> Any:
 
     def lower(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array, offset, value = args
-        builder.store(value, _place(context, builder, signature.args[0], _FLOATS, array, offset), align=4)
+        builder.store(value, place(context, builder, signature.args[0], _FLOATS, array, offset), align=4)
         return context.get_dummy_value()
 
-    return types.void(array, types.intp, _EIGHT), lower
+    return types.void(array, types.intp, EIGHT), lower
 
 
 @_operation
 def plus(typing: Any, a: Any, b: Any) -> Any:
     """Sums of lanes."""
-    return _EIGHT(_EIGHT, _EIGHT), lambda context, builder, signature, args: builder.fadd(*args)
+    return EIGHT(EIGHT, EIGHT), lambda context, builder, signature, args: builder.fadd(*args)
 
 
 @_operation
 def minus(typing: Any, a: Any, b: Any) -> Any:
     """Differences of lanes."""
-    return _EIGHT(_EIGHT, _EIGHT), lambda context, builder, signature, args: builder.fsub(*args)
+    return EIGHT(EIGHT, EIGHT), lambda context, builder, signature, args: builder.fsub(*args)
 
 
 @_operation
 def times(typing: Any, a: Any, b: Any) -> Any:
     """Products of lanes."""
-    return _EIGHT(_EIGHT, _EIGHT), lambda context, builder, signature, args: builder.fmul(*args)
+    return EIGHT(EIGHT, EIGHT), lambda context, builder, signature, args: builder.fmul(*args)
 
 
 @_operation
 def over(typing: Any, a: Any, b: Any) -> Any:
     """Quotients of lanes."""
-    return _EIGHT(_EIGHT, _EIGHT), lambda context, builder, signature, args: builder.fdiv(*args)
+    return EIGHT(EIGHT, EIGHT), lambda context, builder, signature, args: builder.fdiv(*args)
 
 
 @_operation
@@ -117,7 +119,7 @@ def where_less(typing: Any, a: Any, b: Any, yes: Any, no: Any) -> Any:
         a, b, yes, no = args
         return builder.select(builder.fcmp_ordered("<", a, b), yes, no)
 
-    return _EIGHT(_EIGHT, _EIGHT, _EIGHT, _EIGHT), lower
+    return EIGHT(EIGHT, EIGHT, EIGHT, EIGHT), lower
 
 
 @_operation
@@ -130,4 +132,4 @@ def least(typing: Any, value: Any) -> Any:
         reduce = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
         return builder.call(reduce, args, fastmath=("nnan", "nsz"))
 
-    return types.float32(_EIGHT), lower
+    return types.float32(EIGHT), lower
