@@ -2,9 +2,11 @@
 
 Each row is measured as its runtime would compute it: inputs of all linears of the blocks, keys and values
 rounded to 4 bits. Intervals are of a bootstrap over windows; the second is that of the difference from the
-row above, on the same windows.
+row above, on the same windows. ``--table w4a8kv4`` is QoQ instead, step by step, beside W4A16 and W8A8 with
+the same calibration.
 
-    python benchmarks/rotations.py [--windows 64] [--steps 100] [--count 12] [--only RTN ...] [--work FOLDER]
+    python benchmarks/rotations.py [--table w4a8kv4] [--windows 64] [--steps 100] [--count 12]
+        [--only RTN ...] [--work FOLDER]
 """
 
 from __future__ import annotations
@@ -45,6 +47,29 @@ manual where anything is calibrated, {steps} steps of one window where rotations
 nats against the original: `docs` is the calibration's kind of text, `other` is library source code
 and package pages; {count} windows of each, the second half scored. In brackets, 95 % intervals over
 windows; *change* is from the row above, on the same windows."""
+INT8 = "input=int8-token, cache=int4-token-asym > bitmill"
+SMOOTH = "smoothattention + smoothquant(alpha=0.3, inner=true, norms=false)"
+W4A8 = {
+    "W4A16": "gptq : int4-g64-asym > bitmill",
+    "W8A8": "smoothquant + gptq : int8-channel-sym, input=int8-token > bitmill",
+    "W4A8KV4, rounded": f"nearest : int4-g64-qoq, {INT8}",
+    "rotated": f"hadamard + nearest : int4-g64-qoq, {INT8}",
+    "rotated, GPTQ": f"hadamard + gptq : int4-g64-qoq, {INT8}",
+    "and smoothed": f"hadamard + {SMOOTH} + gptq : int4-g64-qoq, {INT8}",
+    "and in order (QoQ)": f"hadamard + {SMOOTH} + reorder + gptq : int4-g64-qoq, {INT8}",
+}
+W4A8_NOTES = """SmolLM2-135M off its 4-bit grid. QoQ's W4A8KV4, a step a row: 4-bit weights inside 8-bit
+ones in groups of 64 (rows of 576 have no groups of 128), inputs in 8 bits by tokens, keys and values in 4 by
+tokens and heads; above it W4A16 in the same groups and W8A8, whose caches are not rounded; {windows} windows
+of 512 tokens of Python's manual where anything is calibrated, the same for all. KLD in nats against the
+original: `docs` is the calibration's kind of text, `other` is library source code and package pages; {count}
+windows of each, the second half scored. In brackets, 95 % intervals over windows; *change* is from the row
+above, on the same windows."""
+TABLES = {
+    "w4a4kv4": ("rotations", "W4A4KV4, step by step", RECIPES, TABLE, NOTES),
+    "w4a8kv4": ("qoq", "W4A8KV4 beside W4A16 and W8A8", W4A8, tuple(W4A8), W4A8_NOTES),
+}
+"""Of each table: its file, title and rows, those that are made unless others are asked for, and notes."""
 DRAWS = 4000
 LICENCE = 2000  # characters of a window of source code: its head says little
 
@@ -124,11 +149,17 @@ def row_of(row: dict[str, Any]) -> str:
 def main() -> None:
     """Make and measure every recipe."""
     parser = arguments(__doc__)
-    parser.add_argument("--only", nargs="+", choices=list(RECIPES), default=list(TABLE))
+    parser.add_argument("--table", choices=list(TABLES), default="w4a4kv4")
+    parser.add_argument("--only", nargs="+", choices=[*RECIPES, *W4A8])
     parser.add_argument("--windows", type=int, default=64, help="calibration windows")
     parser.add_argument("--steps", type=int, default=100, help="of learning rotations")
     parser.add_argument("--count", type=int, default=12, help="windows of each kind of text that is scored")
     options = parser.parse_args()
+    file, title, recipes, usual, said = TABLES[options.table]
+    chosen = options.only or usual
+    unknown = [name for name in chosen if name not in recipes]
+    if unknown:
+        parser.error(f"{unknown[0]!r} is no row of {options.table}")
     ours = bench(options)
     torch.set_num_threads(options.threads)
     pages = other_documents()
@@ -139,24 +170,24 @@ def main() -> None:
     ]
     rows: list[dict[str, Any]] = []
     above: Record | None = None
-    for name in options.only:
-        out, facts = made(ours, name, RECIPES[name].format(steps=options.steps), options.windows)
+    for name in chosen:
+        out, facts = made(ours, name, recipes[name].format(steps=options.steps), options.windows)
         how = Protocol(window=WINDOW, count=options.count, floor=False)
         record = bitmill.measure(str(out), str(ours.model), texts=texts, protocol=how)
         rows.append({**facts, "name": name, "scores": scores(record, above)})
         above = record
         print(row_of(rows[-1]), flush=True)
     about = {**machine(), "threads": options.threads, "windows": options.windows, "steps": options.steps}
-    write_json(ours.evidence / "rotations.json", {"about": about, "rows": rows})
+    write_json(ours.evidence / f"{file}.json", {"about": about, "rows": rows})
     head = (
         "| | KLD docs | change | KLD other | change | ppl docs | same top | seconds |\n|---"
         + 7 * "|--:"
         + "|"
     )
-    notes = NOTES.format(windows=options.windows, steps=options.steps, count=options.count)
+    notes = said.format(windows=options.windows, steps=options.steps, count=options.count)
     body = "\n".join([head, *map(row_of, rows)])
-    path = ours.evidence / "rotations.md"
-    path.write_text(f"# W4A4KV4, step by step\n\n{notes}\n\n{body}\n\n{signature(about)}\n", encoding="utf-8")
+    path = ours.evidence / f"{file}.md"
+    path.write_text(f"# {title}\n\n{notes}\n\n{body}\n\n{signature(about)}\n", encoding="utf-8")
     print(path)
 
 

@@ -22,7 +22,7 @@ from bitmill.recipe import Recipe
 JUDGES = 8  # windows that judge what was learned, at most
 KEPT_BYTES = 1_500_000_000  # blocks below this stay in memory; above, they are read again for every step
 
-_MIDDLE = "mlp_mid"  # the seam that down reads
+_MIDDLE = {"mlp_mid", "mlp_order"}  # seams that down reads
 
 
 def transform_remarks(recipe: Recipe, family: Family, checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -195,11 +195,11 @@ def _refuse(
     reason = container.refuses_rotation(space, order)
     if reason is not None:
         raise Refused(f"{name} cannot say {which} of order {order}: {reason}", where=row.name)
-    scaling = next((t for t in transforms if t.needs != "nothing" and _MIDDLE in t.seams()), None)
+    scaling = next((t for t in transforms if t.needs != "nothing" and _MIDDLE & set(t.seams())), None)
     if space == DOWN and scaling is not None:
         call = recipe.transforms[transforms.index(scaling)]
         raise Refused(
-            f"{call} scales the channels of down's inputs, and r4 mixes them", where=row.name, fix="drop one"
+            f"{call} fits the channels of down's inputs, and r4 mixes them", where=row.name, fix="drop one"
         )
     if space == DOWN and recipe.tune is not None:
         raise Refused(

@@ -36,6 +36,7 @@ def _spinquant() -> dict[str, str]:
 
 
 _ROTATED = "hadamard(r3=true, r4=true)"
+_SMOOTHED = "hadamard + smoothattention + smoothquant(alpha={}, inner=true, norms=false)"
 _QOQ = "input=int8-token, cache=int4-token-asym > bitmill"
 
 KNOWN: Mapping[str, str] = {
@@ -50,8 +51,8 @@ KNOWN: Mapping[str, str] = {
     "w4a4": "hadamard + gptq : int4-g128-sym, input=int4-token > compressed-tensors",
     **_quarot(),
     **_spinquant(),
-    "qoq": f"hadamard + gptq : int4-g128-qoq, {_QOQ}",
-    "qoq-channel": f"hadamard + gptq : int4-channel-asym, {_QOQ}",
+    "qoq": f"{_SMOOTHED.format(0.3)} + reorder + gptq : int4-g128-qoq, {_QOQ}",
+    "qoq-channel": f"{_SMOOTHED.format(0.1)} + gptq : int4-channel-asym, {_QOQ}",
     "w8a16": "nearest : int8-channel-sym > compressed-tensors",
     "w4a16": "gptq : int4-g128-sym > compressed-tensors",
     "w4a16-asym": "gptq : int4-g128-asym > compressed-tensors",

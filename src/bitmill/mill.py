@@ -21,6 +21,7 @@ from bitmill.core.axes import CalibratedSolver, Checkpoint
 from bitmill.core.errors import BitmillError, Interrupted, Refused
 from bitmill.core.learning import BlockSolver
 from bitmill.core.types import Moments, Note
+from bitmill.fitting import KEY
 from bitmill.journal import RESUME, Boundary, Workspace, report_path
 from bitmill.planning import Plan, plan
 from bitmill.recipe import Recipe, parse
@@ -158,6 +159,11 @@ class Told:
             raise Refused(
                 f"{rotations} learns from what the model puts out; moments of its inputs do not tell",
                 fix="calibrate: --calib TEXT instead of --moments or --imatrix",
+            )
+        if any(KEY in t.seams() for t in wanted.make_transforms()) and (self.moments or self.matrices):
+            raise Refused(
+                "smoothattention needs the range of keys; moments of inputs do not tell it",
+                fix="calibrate: --calib TEXT instead of them, or leave it out",
             )
         if any(row.cache and row.cache.static for row in made.rows) and (self.moments or self.matrices):
             raise Refused(

@@ -419,6 +419,7 @@ class Walk:
         """Fit and fold, unless the block does not gain by it; ``tensors`` changes in place, and ``block``
         holds anything afterwards. The moments of the inputs as they are then."""
         before = dict(tensors)
+        moments |= self.fitting.keys(block, self.fitting.sample(hidden))
         folded, notes = self.fitting.fold(block.index, rows, tensors, moments)
         gain = self.fitting.gain(block, rows, before, tensors, hidden) if notes else 0.0
         if gain >= 1:

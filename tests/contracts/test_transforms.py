@@ -20,6 +20,8 @@ IN, TOKENS = 192, 1500
 TRANSFORMS: dict[str, Transform] = {name: cls() for name, cls in registry.members("transforms").items()}
 GRIDS = [registry.parse_grid(t) for t in ("int4-g64-asym", "int3-g64-sym", "q4_0", "nf4-b64", "mxfp4")]
 
+SEAMS = {"attn_in", "value", "mlp_in", "mlp_mid", "mlp_order", "key", "residual"}
+
 every = pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 every_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
 
@@ -55,8 +57,8 @@ def _loss(error: Tensor, moments: Moments) -> float:
 @every
 def test_it_says_what_it_needs_and_where_it_goes(transform: Transform):
     assert transform.needs in ("nothing", "diagonal", "gram")
-    assert transform.kind in ("diagonal", "orthogonal")
-    assert set(transform.seams()) <= {"attn_in", "value", "mlp_in", "mlp_mid", "residual"}
+    assert transform.kind in ("diagonal", "orthogonal", "permutation")
+    assert set(transform.seams()) <= SEAMS
     if isinstance(transform, OnlineTransform):
         for space, width in ((DOWN, 172), (DOWN, 94), (KEYS, 80), (KEYS, 64)):
             order = transform.online(space, width)

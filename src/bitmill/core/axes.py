@@ -254,7 +254,7 @@ class Transform(ABC):
     a ``gram`` matrix."""
 
     kind: ClassVar[str]
-    """``diagonal`` or ``orthogonal``: what the seam must allow."""
+    """``diagonal``, ``orthogonal`` or ``permutation``: what the seam must allow."""
 
     @abstractmethod
     def seams(self) -> tuple[str, ...]:

@@ -37,6 +37,9 @@ MODEL_NAMES = {"model.embed_tokens": "embed", "lm_head": "head", "model.norm": "
 DIAGONAL = frozenset({"diagonal"})
 ANY = frozenset({"diagonal", "orthogonal"})
 ORTHOGONAL = frozenset({"orthogonal"})
+PERMUTATION = frozenset({"permutation"})
+NORMED = ("k_norm", "q_norm")
+"""What keys and queries are multiplied by last, where each head has a norm."""
 
 
 @dataclass(frozen=True)
@@ -126,31 +129,36 @@ def is_expert(tensor: str) -> bool:
     return _EXPERT.search(tensor) is not None
 
 
-def attention_seams(attn_norm: str) -> tuple[Seam, ...]:
-    """Seams of grouped-query attention behind a norm."""
+def attention_seams(attn_norm: str, keys: tuple[str, str] = ("k", "q")) -> tuple[Seam, ...]:
+    """Seams of grouped-query attention behind a norm; ``keys`` are what writes keys and queries before they
+    are rotated by position."""
     return (
         Seam("attn_in", (attn_norm,), ("q", "k", "v"), DIAGONAL),
         Seam("value", ("v",), ("o",), ANY, per_head=True),
+        Seam("key", keys[:1], keys[1:], DIAGONAL, per_head=True),
     )
 
 
-def expert_seams(attn_norm: str, mlp_norm: str) -> tuple[Seam, ...]:
+def expert_seams(attn_norm: str, mlp_norm: str, keys: tuple[str, str] = ("k", "q")) -> tuple[Seam, ...]:
     """Seams of a pre-norm block whose gated MLPs are experts behind a router: nothing is folded between norm
     and experts, and a rotation of the stream goes through."""
     readers = ("q", "k", "v", "gate", "up", "router", "head")
     return (
-        *attention_seams(attn_norm),
+        *attention_seams(attn_norm, keys),
         Seam("mlp_in", (mlp_norm,), ("gate", "up", "router"), frozenset()),
         Seam("residual", ("embed", "o", "down"), readers, ORTHOGONAL),
     )
 
 
-def gated_seams(attn_norm: str, mlp_norm: str, *, residual: bool) -> tuple[Seam, ...]:
+def gated_seams(
+    attn_norm: str, mlp_norm: str, *, residual: bool, keys: tuple[str, str] = ("k", "q")
+) -> tuple[Seam, ...]:
     """Seams of a pre-norm block with grouped-query attention and a gated MLP."""
     inside = (
-        *attention_seams(attn_norm),
+        *attention_seams(attn_norm, keys),
         Seam("mlp_in", (mlp_norm,), ("gate", "up"), DIAGONAL),
         Seam("mlp_mid", ("up",), ("down",), DIAGONAL),
+        Seam("mlp_order", ("gate", "up"), ("down",), PERMUTATION),
     )
     if not residual:
         return inside

@@ -4,7 +4,7 @@ The post-norms stand between o / down and the residual stream, so no rotation ca
 diagonal seams inside a block are the same as Llama's.
 """
 
-from bitmill.families.base import ATTENTION_NAMES, GATED_MLP_NAMES, Family, gated_seams
+from bitmill.families.base import ATTENTION_NAMES, GATED_MLP_NAMES, NORMED, Family, gated_seams
 
 FAMILY = Family(
     name="gemma3",
@@ -20,6 +20,6 @@ FAMILY = Family(
         "self_attn.q_norm": "q_norm",
         "self_attn.k_norm": "k_norm",
     },
-    seams=gated_seams("attn_in_norm", "mlp_in_norm", residual=False),
+    seams=gated_seams("attn_in_norm", "mlp_in_norm", residual=False, keys=NORMED),
     norm_offset=1.0,
 )

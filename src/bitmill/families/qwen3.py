@@ -1,6 +1,6 @@
 """Qwen 3 (dense): as Qwen 2 without biases, with norms on each head's q and k."""
 
-from bitmill.families.base import ATTENTION_NAMES, GATED_MLP_NAMES, Family, gated_seams
+from bitmill.families.base import ATTENTION_NAMES, GATED_MLP_NAMES, NORMED, Family, gated_seams
 
 FAMILY = Family(
     name="qwen3",
@@ -14,5 +14,5 @@ FAMILY = Family(
         "self_attn.q_norm": "q_norm",
         "self_attn.k_norm": "k_norm",
     },
-    seams=gated_seams("attn_in_norm", "mlp_in_norm", residual=True),
+    seams=gated_seams("attn_in_norm", "mlp_in_norm", residual=True, keys=NORMED),
 )

@@ -12,6 +12,7 @@ from numba.extending import intrinsic, models, register_model
 from bitmill.numerics.lanes import EIGHT, LANES, place
 
 _operation: Any = intrinsic
+_config: Any = config
 _FLOAT, _BYTE, _WORD, _LONG = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _FLOATS, _BYTES, _WORDS, _LONGS = (ir.VectorType(k, LANES) for k in (_FLOAT, _BYTE, _WORD, _LONG))
 
@@ -34,7 +35,7 @@ _CODES = _Codes()
 
 def _knows(feature: str) -> bool:
     """Whether numba compiles for a processor with this feature, as far as it can be known."""
-    plain = not config.CPU_NAME and config.CPU_FEATURES is None and config.ENABLE_AVX
+    plain = not _config.CPU_NAME and _config.CPU_FEATURES is None and _config.ENABLE_AVX
     return bool(plain and binding.get_host_cpu_features().get(feature, False))
 
 

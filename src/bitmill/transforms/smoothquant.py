@@ -38,6 +38,7 @@ class SmoothQuant(Transform):
     Attributes:
         alpha: how much moves from inputs to weights, 0 to 1, or ``auto``.
         inner: also where the norms do not write: the inputs of o and down (as QServe smooths outputs).
+        norms: where the norms write; without, ``inner`` alone, for a stream that is rotated already.
         grid_points: steps between 0 and 1 that ``auto`` tries.
         rows: of each weight that the expected error is taken on.
     """
@@ -46,11 +47,14 @@ class SmoothQuant(Transform):
     inner: bool = False
     grid_points: int = 20
     rows: int = 64
+    norms: bool = True
 
     needs: ClassVar[str] = "diagonal"
     kind: ClassVar[str] = "diagonal"
 
     def __post_init__(self) -> None:
+        if not (self.norms or self.inner):
+            raise ValueError("norms=false leaves nothing but inner=true")
         if self.alpha != "auto" and not (isinstance(self.alpha, float | int) and 0 <= self.alpha <= 1):
             raise ValueError(f"alpha {self.alpha!r} is neither between 0 and 1 nor auto")
         if self.grid_points < 1 or self.rows < 1:
@@ -58,7 +62,13 @@ class SmoothQuant(Transform):
 
     def seams(self) -> tuple[str, ...]:
         """Behind the norms; with ``inner``, wherever a diagonal folds exactly."""
-        return ("attn_in", "value", "mlp_in", "mlp_mid") if self.inner else ("attn_in", "mlp_in")
+        wanted = (
+            ("attn_in", self.norms),
+            ("value", self.inner),
+            ("mlp_in", self.norms),
+            ("mlp_mid", self.inner),
+        )
+        return tuple(name for name, asked in wanted if asked)
 
     def fit(
         self, seam: Seam, layer: int | None, width: int, readers: Sequence[tuple[Problem, Grid]]
