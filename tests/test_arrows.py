@@ -78,6 +78,7 @@ ARROWS: dict[str, set[str]] = {
     "measurement": _MILLED | {"mill", "run"},
     "sweep": _MILLED | {"mill", "several", "measurement", "advise", "pages"},
     "pages": _BASE | {"measurement", "advise", "journal", "source"},
+    "studio": _FACTS | {"grids", "journal", "measurement", "advise", "pages"},
     "cli": _MILLED
     | {
         "mill",
@@ -90,6 +91,7 @@ ARROWS: dict[str, set[str]] = {
         "advise",
         "sweep",
         "pages",
+        "studio",
         "adapters",
         "ternary",
         "training",

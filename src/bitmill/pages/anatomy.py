@@ -69,13 +69,20 @@ def anatomies(
     return found
 
 
-def anatomy(stored: Quantized, w: Tensor) -> dict[str, Any]:
-    """The panel of one tensor; ``w`` is ``out in``, float32, before."""
+def anatomy(
+    stored: Quantized, w: Tensor, place: tuple[int, int] | None = None, shown: int = SHOWN
+) -> dict[str, Any]:
+    """The panel of one tensor; ``w`` is ``out in``, float32, before.
+
+    Args:
+        place: row and first column of the block that is shown; None is the worst.
+        shown: columns of that block.
+    """
     columns = torch.arange(min(w.shape[1], _COLUMNS))
     ours = stored.dense()
     spaced = _spaced(stored, columns)
     worst = _worst(ours, w)
-    row, column = worst[0]["row"], worst[0]["column"]
+    row, column = place or (worst[0]["row"], worst[0]["column"])
     return {
         "shape": list(w.shape),
         "type": str(stored.grid),
@@ -83,7 +90,7 @@ def anatomy(stored: Quantized, w: Tensor) -> dict[str, Any]:
         "histogram": _histogram(spaced, ours[:, : len(columns)], w[:, : len(columns)]),
         "scales": None if spaced is None else _scales(spaced.unit, len(columns), w.shape[0]),
         "worst": worst,
-        "block": _block(stored, ours, w, row, column),
+        "block": _block(stored, ours, w, row, column, shown),
     }
 
 
@@ -186,9 +193,9 @@ def _worst(ours: Tensor, w: Tensor) -> list[dict[str, Any]]:
     ]
 
 
-def _block(stored: Quantized, ours: Tensor, w: Tensor, row: int, column: int) -> dict[str, Any]:
+def _block(stored: Quantized, ours: Tensor, w: Tensor, row: int, column: int, shown: int) -> dict[str, Any]:
     """Weights, stored values and how each is made, of one run of columns."""
-    stop = min(column + SHOWN, w.shape[1])
+    stop = min(column + shown, w.shape[1])
     spaced = _spaced(stored, torch.arange(column, stop))
     values, before = ours[row, column:stop], w[row, column:stop]
     made = [] if spaced is None else [spaced.said(row, i, float(v)) for i, v in enumerate(values)]

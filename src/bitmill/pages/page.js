@@ -4,7 +4,8 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
-const WIDTH = 880;
+const WIDTH = Math.max(300, Math.min(880, innerWidth - 54)); // of pictures drawn here: as wide as there is room
+const NARROW = 600;
 
 function make(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
@@ -117,7 +118,13 @@ function panel(cell, file) {
   if (output !== null) facts.push(`of its output ${share(output)}`);
   if (inside) facts.push(inside.shape.join(" × "));
   const parts = [make("h3", {}, name), make("p", { class: "quiet" }, facts.join(" · "))];
-  if (!inside) {
+  if (!inside && data.live) {
+    const wait = make("p", { class: "quiet" }, "looking into it …");
+    parts.push(wait);
+    ask("panel", { tensor: name }).then(
+      (found) => { data.tensors[name] = found; if (wait.isConnected) panel(cell, file); },
+      (error) => { wait.textContent = error.message; });
+  } else if (!inside) {
     const why = file === 0 ? "There is no more about this tensor on the page." : `Panels are of ${data.files[0]} only.`;
     parts.push(make("p", { class: "quiet" }, why));
   } else {
@@ -137,13 +144,16 @@ function bars(counts, css, top, height, stage) {
 }
 
 function picture(height, label) {
-  return draw("svg", { viewBox: `0 0 ${WIDTH} ${height}`, role: "img", "aria-label": label });
+  return draw("svg", { viewBox: `0 0 ${WIDTH} ${height}`, role: "img", "aria-label": label, class: "drawn" });
 }
 
 function ends(stage, y, left, right, middle) {
   stage.append(draw("text", { x: 0, y, class: "tick" }, left));
   stage.append(draw("text", { x: WIDTH, y, class: "tick", "text-anchor": "end" }, right));
-  if (middle) stage.append(draw("text", { x: WIDTH / 2, y, class: "tick", "text-anchor": "middle" }, middle));
+  if (!middle) return;
+  const below = WIDTH < NARROW ? 16 : 0; // beside the ends there is no room on a narrow screen
+  stage.append(draw("text", { x: WIDTH / 2, y: y + below, class: "tick", "text-anchor": "middle" }, middle));
+  stage.setAttribute("viewBox", `0 0 ${WIDTH} ${y + 6 + below}`);
 }
 
 function histogram(found) {
@@ -170,6 +180,13 @@ function block(inside) {
   const found = inside.block, parts = [];
   parts.push(make("h4", {}, `The worst block: row ${found.row}, columns from ${found.column}`));
   if (found.points.length) parts.push(make("div", { class: "scroll" }, numberLine(found)));
+  parts.push(arithmetic(found));
+  const other = inside.worst.slice(1).map((w) => `row ${w.row}, column ${w.column}: ${share(w.relative)}`);
+  parts.push(make("p", { class: "quiet" }, `Error there ${share(inside.worst[0].relative)}; next worst: ${other.join("; ")}`));
+  return parts;
+}
+
+function arithmetic(found) {
   const head = make("tr", {}, ...["column", "weight", "stored", "off by", found.made.length ? "how it is made" : ""].map((t, i) =>
     make("th", i < 4 ? { class: "n" } : {}, t)));
   const lines = found.before.map((w, i) => make("tr", {},
@@ -179,10 +196,7 @@ function block(inside) {
     make("td", { class: "n" }, w === null || found.after[i] === null ? "?" : short(found.after[i] - w, 2)),
     make("td", { class: "mono" }, found.made[i] || "")));
   const table = make("table", {}, make("thead", {}, head), make("tbody", {}, ...lines));
-  parts.push(make("details", {}, make("summary", {}, "its arithmetic, weight by weight"), make("div", { class: "scroll" }, table)));
-  const other = inside.worst.slice(1).map((w) => `row ${w.row}, column ${w.column}: ${share(w.relative)}`);
-  parts.push(make("p", { class: "quiet" }, `Error there ${share(inside.worst[0].relative)}; next worst: ${other.join("; ")}`));
-  return parts;
+  return make("details", {}, make("summary", {}, "its arithmetic, weight by weight"), make("div", { class: "scroll" }, table));
 }
 
 function numberLine(found) {
@@ -197,7 +211,7 @@ function numberLine(found) {
     stage.append(draw("line", { x1: x(w), y1: 18, x2: x(after[i]), y2: 56, class: "move" }));
     stage.append(draw("circle", { cx: x(w), cy: 15, r: 3.5, class: "dot" }));
   });
-  ends(stage, 90, short(low), short(low + span), "weights above, the values that can be stored below");
+  ends(stage, 90, short(low), short(low + span), found.told || "weights above, values of the grid below");
   return stage;
 }
 

@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
@@ -19,8 +20,30 @@ from typing import Any
 LIMIT = 1_900_000
 """Bytes of a page: what is left for the tensors' panels is what the rest leaves of this."""
 
+_OWN = "connect-src 'self'; "
 
-def page(title: str, body: str, data: Mapping[str, Any], panels: Mapping[str, Any] | None = None) -> str:
+
+@dataclass(frozen=True)
+class Live:
+    """What a page has that is served: it may ask its own server, and nobody else.
+
+    Attributes:
+        style, script: stand behind those of every page.
+        said: of its footer.
+    """
+
+    style: str
+    script: str
+    said: str
+
+
+def page(
+    title: str,
+    body: str,
+    data: Mapping[str, Any],
+    panels: Mapping[str, Any] | None = None,
+    live: Live | None = None,
+) -> str:
     """The whole page.
 
     Args:
@@ -28,19 +51,23 @@ def page(title: str, body: str, data: Mapping[str, Any], panels: Mapping[str, An
         body: markup, escaped already.
         data: plain values for the script.
         panels: such values by tensor, the most telling first: as many as there is room for.
+        live: for a page that is served; a file has none.
     """
-    style, script = (_beside(name) for name in ("page.css", "page.js"))
+    style, script = _beside("page.css"), _beside("page.js")
+    said = "Nothing on this page was fetched."
+    if live is not None:
+        style, script, said = f"{style}{live.style}", f"{script}{live.script}", live.said
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
-        "base-uri 'none'; form-action 'none'"
+        f"{'' if live is None else _OWN}base-uri 'none'; form-action 'none'"
     )
     head = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{style}</style></head>"
-        f"<body><main>{body}<footer>Made by Bitmill {escape(version('bitmill'))}. Nothing on this page was "
-        "fetched.</footer></main>"
+        f"<body><main>{body}<footer>Made by Bitmill {escape(version('bitmill'))}. {escape(said)}</footer>"
+        "</main>"
     )
     room = LIMIT - len(head.encode()) - len(script.encode()) - len(_json(data).encode())
     whole = {**data, "tensors": _fitting(panels or {}, room)}
