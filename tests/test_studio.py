@@ -219,7 +219,7 @@ def test_bits_are_those_of_other_programs(text: str) -> None:
             arithmetic = row["made"].replace("×", "*").replace("−", "-").replace("^", "**")
             assert eval(arithmetic) == pytest.approx(row["value"], rel=1e-6), row  # noqa: S307
         if row["off"] is not None:
-            assert row["off"] == pytest.approx(abs(row["value"] - x) / abs(x), rel=1e-4, abs=1e-9)
+            assert row["off"] == pytest.approx(abs(row["value"] - x) / abs(x), rel=1e-4, abs=2e-8)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_blocks_are_those_of_the_grids(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "abc", "nan", "inf", "1e999", "0x10", "1_000", "9" * 90, "1e-9999", EVIL]
+    "text", ["", "abc", "nan", "inf", "1e999", "0x10", "1_000", "9" * 101, "1e-9999", EVIL]
 )
 def test_what_is_no_number_is_refused(text: str) -> None:
     with pytest.raises(Refused):
@@ -258,7 +258,7 @@ def test_a_file_of_bitmills_shows_its_report(file: Path, tiny_llama: Path) -> No
     found = made(file, stored, original)
     assert found is not None and len(found.tensors) == 21
     body, cells = sections(found)
-    assert "Block by block" in body and "nearest : Q4_0" in body and len(cells["at"]) == 21
+    assert "Block by block" not in body and "nearest : Q4_0" in body and len(cells["at"]) == 21
     row = next(row for row in found.tensors if row["name"] == DOWN)
     w = original.read(DOWN).float()
     assert row["relative"] == pytest.approx(relative(w, stored.read(DOWN).float()), rel=1e-3)
@@ -312,6 +312,9 @@ def test_a_report_that_makes_no_sense_breaks_nothing(file: Path, tmp_path: Path)
         report.write_text(json.dumps(wild))
         answers = opened(open_source(str(copy)))
         sound_and_live(answers.page)
+    whole = {"plan": told, "tensors": errors, "blocks": {f"block {i}": 0.01 * i for i in range(3)}}
+    report.write_text(json.dumps(whole))
+    assert "Block by block" in opened(open_source(str(copy))).page
     for text in ("[]", '{"plan": 3}', "{"):
         report.write_text(text)
         assert made(copy, open_source(str(copy)), None) is None

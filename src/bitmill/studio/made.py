@@ -17,6 +17,7 @@ from bitmill.core.registry import parse_grid
 from bitmill.measurement.report import give, percent, size
 from bitmill.pages.anatomy import anatomy
 from bitmill.pages.beside import report_of, weighted
+from bitmill.pages.experts import experts
 from bitmill.pages.heat import ROLES, heat
 from bitmill.pages.parts import Card, commands, facts, rows, section, strip
 from bitmill.pages.record import map_of
@@ -84,6 +85,7 @@ def sections(found: Made) -> tuple[str, dict[str, Any]]:
     body = (
         strip(_cards(found))
         + map_of([found.path.name], picture, found.original is not None)
+        + experts(found.report)
         + _blocks(found.report)
         + _notes(found.report)
         + _how(found)
