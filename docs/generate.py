@@ -21,18 +21,26 @@ from page_parts import marked, page, table
 
 import bitmill
 from bitmill.cli.advise import advise
+from bitmill.cli.bench import bench
 from bitmill.cli.budget import budget
 from bitmill.cli.convert import convert
 from bitmill.cli.doctor import doctor
+from bitmill.cli.finetune import finetune
 from bitmill.cli.imatrix import imatrix
 from bitmill.cli.inspect import inspect as inspect_file
 from bitmill.cli.measure import measure
+from bitmill.cli.merge import merge
 from bitmill.cli.names import names
 from bitmill.cli.plan import plan
+from bitmill.cli.plots import plots
+from bitmill.cli.publish import publish
 from bitmill.cli.quantize import quantize
 from bitmill.cli.recipes import SENTENCE, recipes
 from bitmill.cli.run import run
+from bitmill.cli.studio import studio
 from bitmill.cli.summarize import summarize
+from bitmill.cli.sweep import sweep
+from bitmill.cli.train_ternary import train_ternary
 from bitmill.cli.verify import verify
 from bitmill.core import registry
 from bitmill.core.axes import Container, Grid
@@ -62,8 +70,8 @@ grid = "Q4_K_M"
 'ffn_(gate|up)' = "q5_k"
 ```"""
 VERBS: tuple[Callable[..., None], ...] = (
-    quantize, measure, convert, run, summarize, plan, verify, budget, advise, inspect_file, imatrix, names,
-    recipes, doctor,
+    quantize, measure, convert, run, summarize, plan, inspect_file, verify, budget, sweep, bench, publish,
+    plots, advise, imatrix, finetune, merge, train_ternary, studio, names, recipes, doctor,
 )  # fmt: skip
 AXES = {
     "transforms": "A change of basis that makes weights easier to store. It is folded into the model, so "
