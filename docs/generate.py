@@ -18,6 +18,7 @@ from typing import Any, get_args, get_type_hints
 
 from method_pages import method_pages
 from page_parts import marked, page, table
+from worked_examples import worked_examples
 
 import bitmill
 from bitmill.cli.advise import advise
@@ -244,6 +245,7 @@ def pages() -> Iterator[tuple[Path, str]]:
     yield DOCS / "python.md", python_page()
     for axis in AXES:
         yield DOCS / f"{axis}.md", axis_page(axis)
+    yield DOCS / "worked_examples.md", worked_examples()
     yield from method_pages()
 
 
