@@ -431,11 +431,18 @@ def _placed(recipe: Recipe, container: Container, weight: Weight, choice: Choice
         raise Refused(
             f"{grid} cannot hold a weight of shape {list(weight.shape)}: {refusal}",
             where=weight.name,
-            fix=f"say what such weights get instead, e.g. fallback={_roomy(grid)}, or keep={weight.role}",
+            fix=_fitting(grid, weight)
+            + f"say what such weights get instead, e.g. fallback={_roomy(grid)}, or keep={weight.role}",
         )
     return Row(
         weight.name, weight.role, weight.layer, weight.shape, grid, weight.role in LINEAR_ROLES, why, fallback
     )
+
+
+def _fitting(grid: Grid, weight: Weight) -> str:
+    """The largest power of two that would divide a row into groups, where the grid's own does not."""
+    step = weight.shape[1] & -weight.shape[1]
+    return f"groups of {step}, if the grid has them; or " if 16 <= step < grid.block[1] else ""
 
 
 def _roomy(grid: Grid) -> str:

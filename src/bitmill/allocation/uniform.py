@@ -26,4 +26,4 @@ class Uniform(Allocation):
     def choose(self, weight: Weight) -> Choice | None:
         """The grid for a linear weight of a block; None outside the blocks and for what is kept."""
         linear = weight.role in LINEAR and weight.layer is not None
-        return Choice(self.grid, "uniform") if linear and weight.role not in self.keep else None
+        return Choice(self.grid, "as the recipe says") if linear and weight.role not in self.keep else None

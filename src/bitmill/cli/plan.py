@@ -39,6 +39,11 @@ from bitmill.cli.progress import Teller
 from bitmill.cli.verify import Cards, refuse_unloadable
 from bitmill.cli.wanted import Types, wanted
 
+ORDER = ("embed", "attn_in_norm", "q", "q_norm", "k", "k_norm", "v", "o", "post_attn_norm", "mlp_in_norm",
+         "router", "gate", "up", "down", "post_mlp_norm", "final_norm", "head")  # fmt: skip
+"""Roles as a model runs them."""
+KEPT_SHARE = 0.2  # of an output in single precision that is worth a word
+
 if TYPE_CHECKING:
     from bitmill.core.axes import Checkpoint
     from bitmill.core.types import Row
@@ -159,7 +164,7 @@ def show(made: Plan, every_row: bool) -> None:
         say.result(say.table(head, [[r.name, _shape(r), _grid(r), _why(r)] for r in made.rows]))
         return
     kinds: dict[tuple[str, str, str, str], list[Row]] = {}
-    for row in made.rows:
+    for row in sorted(made.rows, key=lambda row: ORDER.index(row.role) if row.role in ORDER else len(ORDER)):
         kinds.setdefault((row.role, _shape(row), _grid(row), _why(row)), []).append(row)
     head = ["role", "tensors", "shape", "grid", "weights", "why"]
     total = made.parameters
@@ -173,6 +178,10 @@ def show(made: Plan, every_row: bool) -> None:
         grids[str(row.grid)] += prod(row.shape)
     said = ", ".join(f"{grid} {count / total:.1%}" for grid, count in grids.most_common())
     say.result(f"\nof all weights: {said}")
+    wide = 4 * sum(prod(row.shape) for row in made.rows if str(row.grid) == "f32" and len(row.shape) > 1)
+    if made.dtype == "f32" and wide > KEPT_SHARE * made.bytes_:
+        share = f"{wide / made.bytes_:.0%} of the bytes"
+        say.result(f"what is kept is in f32, as in the source: {share}; dtype=bf16 in the recipe halves it")
 
 
 def _shape(row: Row) -> str:
