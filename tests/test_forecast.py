@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,21 @@ def test_known_moments_need_no_text(source: Checkpoint, tmp_path: Path) -> None:
 def test_what_goes_through_the_whole_model_is_not_timed(source: Checkpoint) -> None:
     with pytest.raises(Refused, match="whole model"):
         timed(made("gptq + tune(steps=2) : int4-g32-sym > gptq", source), source)
+
+
+def test_more_text_takes_longer_and_at_last_no_more_memory_inside_a_block(source: Checkpoint) -> None:
+    counts = (64, 128, 1024, 4096)
+    taken = [plan(parse("gptq : int4-g32-sym > gptq"), source, nsamples=n, seqlen=512) for n in counts]
+    assert all(one.seconds < other.seconds for one, other in pairwise(taken))
+    hidden = [2 * n * 512 * 256 * 4 for n in counts]
+    inside = [made.peak_bytes - kept for made, kept in zip(taken, hidden, strict=True)]
+    assert inside[0] < inside[1], "all tokens are inside a block at once"
+    assert inside[2] == inside[3] < inside[1], "as many as go through at once, however many there are"
+
+
+def test_a_refused_shape_names_the_groups_that_would_divide_it(source: Checkpoint) -> None:
+    with pytest.raises(Refused, match="groups of 256, if the grid has them; or say what"):
+        plan(parse("nearest : int4-g512-sym > compressed-tensors"), source)
 
 
 @pytest.mark.parametrize("line", ["gptq : q4_0 > gguf", "gptq(asymmetric=0.5) : q4_0 > gguf", "q8_0"])

@@ -17,6 +17,7 @@ from bitmill.core.types import Row
 
 BASE_BYTES = 450 << 20  # an interpreter with torch, transformers and numba loaded
 STAGED_BYTES = 5 << 28  # 1.25 GiB of activations may be alive at once in a one-pass walk
+MICRO_TOKENS = 4096  # of a forward pass: enough for full speed, few enough to stay in cache
 DISK = 300e6  # bytes a second that reach a disk for good
 CHEAP = 4 << 20  # bytes that are made durable without a thought
 KEEPING = 0.02  # share of a run's time that keeping activations for a resume may take
@@ -24,6 +25,8 @@ RATE = 90e9  # float32 operations a second a core of a 2024 server
 ROUNDED = 4e6  # weights a second a core that a grid's own search rounds, most of them
 SOUGHT = 0.9e6  # the same where points of a codebook are sought
 MOVED = 40e6  # weights a second a core that a step of learning rounds and moves
+FITTED = 7.0  # how often a fitted transform rounds weights, while it tries itself out
+SHARING = frozenset({"k", "v", "up"})  # roles whose input is another's, and counted there
 PLACED = 3.3e6  # weights a second a core that one pass puts on points
 
 
@@ -92,20 +95,56 @@ def cost(
     crosses, learns = isinstance(solver, CalibratedSolver) and solver.cross, isinstance(solver, BlockSolver)
     streams = 1 + (crosses or learns)  # the original model runs along
     hidden = 2 * tokens * int(config["hidden_size"]) * 4 * streams
-    activations = min(staged_bytes(config, tokens) * streams, STAGED_BYTES)
-    operations, grams = 4.0 * weights * tokens * streams, 0
+    activations = _activations(config, solver, tokens, seqlen, streams)
+    once = _staged(config, solver, tokens)  # else a second pass, with the block as it is stored
+    operations, grams = 2.0 * _seen(matrices, config) * tokens * (streams if once else streams + 1), 0
+    seconds += FITTED * rounding_seconds(matrices) * fitted
     if needs == "gram":
         grams = 4 * (2 + 2 * streams) * widest * widest
-        operations += 2 * tokens * 3 * widest * widest * max(len(blocks), 1)
+        operations += tokens * _gram_numbers(matrices, config) * (1 + 2 * crosses)
         operations += sum(2 * math.prod(row.shape) * row.shape[1] for row in matrices) * solver.passes
         seconds += solver.passes * sought / (PLACED * cores)
-    if crosses:
-        operations += 2 * 2 * tokens * 3 * widest * widest * max(len(blocks), 1)
     if isinstance(solver, BlockSolver):
         operations += 2.0 * weights * seqlen * 3 * solver.windows_run  # backwards is twice forwards
         seconds += solver.passes * weights / (MOVED * cores)
     block = 4 * max(blocks.values(), default=0) * (streams + 2 * fitted + 9 * learns)
     return BASE_BYTES + block + hidden + activations + grams, 5.0 + seconds + operations / (RATE * cores)
+
+
+def _staged(config: Mapping[str, Any], solver: Solver, tokens: int) -> bool:
+    """Whether all tokens are inside a block at once, which then runs once."""
+    told = solver if isinstance(solver, CalibratedSolver) else None
+    crosses = told is not None and told.cross
+    whole = staged_bytes(config, tokens) * (1 + crosses) <= STAGED_BYTES
+    return whole and (told is None or told.sequential) and not isinstance(solver, BlockSolver)
+
+
+def _share(row: Row, config: Mapping[str, Any]) -> float:
+    """Of all tokens, how many see a weight: of an expert's, those that are sent to it."""
+    if ".experts." not in row.name:
+        return 1.0
+    used = int(config.get("num_experts_per_tok") or config.get("top_k") or 1)
+    return min(1.0, used / int(config.get("num_local_experts") or config.get("num_experts") or used))
+
+
+def _seen(rows: Sequence[Row], config: Mapping[str, Any]) -> float:
+    """Weights that one token sees."""
+    return sum(math.prod(row.shape) * _share(row, config) for row in rows)
+
+
+def _gram_numbers(rows: Sequence[Row], config: Mapping[str, Any]) -> float:
+    """Numbers of the Gram matrices that one token goes into: one an input, and several weights share one."""
+    return sum(row.shape[1] ** 2 * _share(row, config) for row in rows if row.role not in SHARING)
+
+
+def _activations(config: Mapping[str, Any], solver: Solver, tokens: int, seqlen: int, streams: int) -> int:
+    """Bytes alive inside a block: of all tokens that wait before ``down``, its input and the stream beside
+    it, or, where they would be too many, of as many as go through at once."""
+    width = int(config["hidden_size"])
+    middle = int(config.get("intermediate_size") or 4 * width)
+    if _staged(config, solver, tokens):
+        return 4 * tokens * (width + 2 * middle) * streams
+    return staged_bytes(config, min(tokens, max(MICRO_TOKENS, seqlen))) * streams
 
 
 def kept_bytes(width: int, tokens: int, blocks: int, weights: int, along: bool) -> int:

@@ -35,7 +35,7 @@ from bitmill.core.learning import BlockSolver, BlockTask
 from bitmill.core.types import Inputs, Moments, Note, Row
 from bitmill.fitting import Fitting
 from bitmill.folding import Maps, fixed_fold
-from bitmill.forecast import STAGED_BYTES, blocks_between, staged_bytes
+from bitmill.forecast import MICRO_TOKENS, STAGED_BYTES, blocks_between, staged_bytes
 from bitmill.inputs import fixed_by, needs_zero
 from bitmill.journal import Workspace
 from bitmill.numerics.floats import all_finite
@@ -45,7 +45,6 @@ from bitmill.planning import Plan
 
 Progress = Callable[[str, int, int, str], None]
 CHUNK = 1 << 24  # weights converted to float32 at a time outside the blocks: 64 MiB
-MICRO_TOKENS = 4096  # tokens of a forward pass: enough for full speed, few enough to stay in cache
 STEP_TOKENS = 2048  # tokens of a micro-batch where all go in step: temporaries of a few MB stay in cache
 EXPLOSION = 10.0  # a block whose output error is ten times its own contribution has stopped being that block
 
