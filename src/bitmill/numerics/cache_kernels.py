@@ -29,6 +29,11 @@ _compiled: Any = njit(cache=True, nogil=True, error_model="numpy")
 _inlined: Any = njit(nogil=True, error_model="numpy", forceinline=True)
 
 
+def reads(direct: tuple[Packed, ...]) -> bool:
+    """Whether these loops can read all of it."""
+    return bool(direct)
+
+
 def scores(direct: tuple[Packed, ...], fields: Mapping[str, Tensor], tokens: int, queries: Tensor) -> Tensor:
     """``batch heads n tokens``: products of ``queries`` (``batch heads n width``, float32, in the stored
     basis) with the first ``tokens`` of ``fields`` (``batch heads room *shape``, contiguous)."""

@@ -12,7 +12,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from bitmill.core.caches import CacheCode
-from bitmill.numerics import cache_kernels as kernels
+from bitmill.numerics.cache_kernels import MOST_QUERIES
+from bitmill.numerics.cache_loops import Loops, loops_for
 from bitmill.run.store import Piece, Store
 
 NAME = "bitmill-packed"
@@ -47,12 +48,14 @@ class Stored:
         return self._store.pieces(self._store.kept - self._seen, self._piece, packed=packed)
 
     @property
-    def whole(self) -> tuple[Mapping[str, Tensor], int] | None:
-        """All packed fields and how many of their tokens there are, where compiled loops can read those: on a
-        processor, and none of them out of sight."""
-        store = self._store
-        hidden = store.kept > self._seen
-        return None if hidden or not self.code.direct or self.device.type != "cpu" else store.whole
+    def whole(self) -> tuple[Loops, Mapping[str, Tensor], int] | None:
+        """Compiled loops, all packed fields and how many of their tokens there are, where there are loops
+        that read those, and none of them is out of sight."""
+        store, loops = self._store, loops_for(self.device)
+        if store.kept > self._seen or loops is None or not loops.reads(self.code.direct):
+            return None
+        there = store.whole
+        return None if there is None else (loops, *there)
 
 
 def attend_packed(model: PreTrainedModel) -> None:
@@ -111,9 +114,9 @@ def packed_attention(
     return out.flatten(1, 2).transpose(1, 2).to(query.dtype).contiguous(), None
 
 
-def _in_place(stored: Tensor | Stored, queries: int) -> tuple[Mapping[str, Tensor], int] | None:
+def _in_place(stored: Tensor | Stored, queries: int) -> tuple[Loops, Mapping[str, Tensor], int] | None:
     """What compiled loops read, where these many queries are for them."""
-    return stored.whole if isinstance(stored, Stored) and queries <= kernels.MOST_QUERIES else None
+    return stored.whole if isinstance(stored, Stored) and queries <= MOST_QUERIES else None
 
 
 def _pieces(stored: Tensor | Stored, packed: bool) -> Iterator[Piece]:
@@ -129,7 +132,8 @@ def _scores(queries: Tensor, keys: Tensor | Stored) -> Tensor:
     packed = _in_place(keys, flat.shape[2])
     found = []
     if packed is not None and isinstance(keys, Stored):
-        found.append(kernels.scores(keys.code.direct, *packed, turned.contiguous()))
+        loops, fields, tokens = packed
+        found.append(loops.scores(keys.code.direct, fields, tokens, turned.contiguous()))
     found += [(turned if p.packed else flat) @ p.coordinates.mT for p in _pieces(keys, packed is None)]
     whole = found[0] if len(found) == 1 else torch.cat(found, -1)
     return whole.unflatten(2, queries.shape[2:4])
@@ -142,8 +146,8 @@ def _sums(weights: Tensor, values: Tensor | Stored) -> Tensor:
     plain: Tensor | None = None
     there = _in_place(values, flat.shape[2])
     if there is not None and isinstance(values, Stored):
-        fields, tokens = there
-        packed = kernels.sums(values.code.direct, fields, flat[..., :tokens])
+        loops, fields, tokens = there
+        packed = loops.sums(values.code.direct, fields, flat[..., :tokens])
     for piece in _pieces(values, there is None):
         tokens = piece.coordinates.shape[-2]
         part = flat[..., piece.first : piece.first + tokens] @ piece.coordinates
