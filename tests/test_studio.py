@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import bitmill
-from bitmill.core.errors import Refused
+from bitmill.core.errors import Refused, Unsolvable
 from bitmill.core.registry import grid_families, parse_grid
 from bitmill.core.types import Quantized
 from bitmill.numerics import hadamard
@@ -73,6 +74,15 @@ def test_rows_of_a_gguf_file_are_decoded_alone(file: Path, smollm2: Path) -> Non
                 assert torch.equal(tile.values, whole[start : start + rows]), (path.name, name, start)
 
 
+def test_rows_of_packed_folders_are_their_values(tiny_llama: Path, tmp_path: Path) -> None:
+    bitmill.quantize(str(tiny_llama), "nearest : int8-channel-sym > compressed-tensors", tmp_path / "out")
+    desk = Desk(open_source(str(tmp_path / "out")))
+    tile = desk.tile(DOWN, 20, 16)
+    assert torch.equal(tile.values, desk.checkpoint.read(DOWN).float()[16:32])
+    assert desk.kept(DOWN) == "quantized" and desk.kept("model.embed_tokens.weight") == ""
+    assert line.on_grid(desk, asked({"tensor": DOWN, "grid": "int8-channel-sym"}))["lost"]["relative"] < 0.01
+
+
 @pytest.mark.parametrize("grid", [str(g) for family in grid_families() for g in family.examples()])
 def test_every_grid_says_what_rounding_gives(desk: Desk, grid: str) -> None:
     ours = parse_grid(grid)
@@ -99,6 +109,19 @@ def test_every_grid_says_what_rounding_gives(desk: Desk, grid: str) -> None:
         assert block["codes"] == direct.codes[4, 64:96].tolist()
     for value in block["after"][: block["alike"]]:
         assert not block["points"] or min(abs(value - p) for p in block["points"]) < 1e-4
+
+
+@pytest.mark.parametrize("fill", [0.0, 1.0, 1e-30, 3e4])
+def test_rows_of_one_number_break_nothing(tiny_llama: Path, fill: float) -> None:
+    desk = Desk(open_source(str(tiny_llama)))
+    desk.tile(DOWN, 0, 16).values.fill_(fill)
+    for outlier in (0, 200):
+        json.dumps(line.compare(desk, asked({"tensor": DOWN, "outlier": outlier})), allow_nan=False)
+    for grid in ("int4-g64-asym", "nvfp4", "mxfp4", "q4_k", "iq2_s", "fp8-e4m3-b128", "nf4-b64-dq"):
+        for outlier in (0, 200):
+            fields = {"tensor": DOWN, "grid": grid, "outlier": outlier, "at": 9}
+            with suppress(Unsolvable):  # a scale beyond half precision is told, as in a file
+                json.dumps(line.on_grid(desk, asked(fields)), allow_nan=False)
 
 
 def test_an_outlier_widens_the_grid_of_its_group_alone(desk: Desk) -> None:
@@ -257,8 +280,13 @@ def test_a_file_of_bitmills_shows_its_report(file: Path, tiny_llama: Path) -> No
     stored, original = open_source(str(file)), open_source(str(tiny_llama))
     found = made(file, stored, original)
     assert found is not None and len(found.tensors) == 21
-    body, cells = sections(found)
-    assert "Block by block" not in body and "nearest : Q4_0" in body and len(cells["at"]) == 21
+    body, cells = sections(found, ["bitmill quantize MODEL Q4_0"])
+    assert (
+        "Block by block" not in body
+        and "nearest : Q4_0" in body
+        and "MODEL Q4_0</code>" in body
+        and len(cells["at"]) == 21
+    )
     row = next(row for row in found.tensors if row["name"] == DOWN)
     w = original.read(DOWN).float()
     assert row["relative"] == pytest.approx(relative(w, stored.read(DOWN).float()), rel=1e-3)
@@ -267,6 +295,9 @@ def test_a_file_of_bitmills_shows_its_report(file: Path, tiny_llama: Path) -> No
     for name in ("nothing", "model.norm.weight"):
         with pytest.raises(Refused):
             found.panel(name)
+    assert "another model" not in body
+    other = made(file, stored, stored)
+    assert other is not None and "another model" in sections(other)[0], "its own values are not those before"
     alone = made(file, stored, None)
     assert alone is not None
     with pytest.raises(Refused, match="before"):

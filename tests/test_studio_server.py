@@ -212,6 +212,16 @@ def test_too_many_questions_at_a_time_are_told_to_wait() -> None:
         assert ask(server, path, b"{}")[0] == 200
 
 
+def test_a_defect_is_said_to_be_one(capfd: pytest.CaptureFixture[str]) -> None:
+    def broken(body: bytes) -> dict[str, Any]:
+        raise IndexError(len(body))
+
+    for server in serving(Answers("", {"broken": broken})):
+        status, _, found = ask(server, f"/{server.token}/ask/broken", b"{}")
+        assert status == 500 and "defect" in json.loads(found)["error"]["what"]
+        assert ask(server, f"/{server.token}/ask/broken", b"{}")[0] == 500, "it goes on"
+
+
 def test_a_port_that_is_taken_is_a_refusal(server: Server) -> None:
     with pytest.raises(Refused, match="cannot be had"):
         Server(Answers("", {}), server.server_port)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import webbrowser
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,11 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bitmill.cli import say
+from bitmill.cli.again import reported_command
 from bitmill.cli.options import Json, Revision
 from bitmill.core.errors import Refused
 
 if TYPE_CHECKING:
     from bitmill.core.axes import Checkpoint
+    from bitmill.studio.server import Answers
 
 Opened = Annotated[
     str | None,
@@ -71,18 +74,18 @@ def studio(
     if dry_run:
         _would(opened, original, json)
         return
-    _serve(opened, original, port, browser and not json and _desktop(), json)
-
-
-def _serve(
-    opened: Checkpoint | None, original: Checkpoint | None, port: int, browser: bool, json: bool
-) -> None:
     from bitmill.studio.opened import opened as answers
+
+    told = answers(opened, original, _again(opened, against or "MODEL"))
+    _serve(told, _plain(opened, original), port, browser and not json and _desktop(), json)
+
+
+def _serve(answers: Answers, about: dict[str, Any], port: int, browser: bool, json: bool) -> None:
     from bitmill.studio.server import Server
 
-    with Server(answers(opened, original), port) as server:
+    with Server(answers, port) as server:
         if json:
-            say.emit({**_plain(opened, original), "url": server.url, "port": server.server_port})
+            say.emit({**about, "url": server.url, "port": server.server_port})
             sys.stdout.flush()
         else:
             say.result(server.url)
@@ -121,6 +124,16 @@ def _plain(opened: Checkpoint | None, original: Checkpoint | None) -> dict[str, 
         "original": None if original is None else str(original.path),
         "report": opened is not None and bool(report_of(opened.path)),
     }
+
+
+def _again(opened: Checkpoint | None, original: str) -> list[str]:
+    """Commands that make and measure a file of ours again."""
+    from bitmill.pages.beside import report_of
+
+    made = None if opened is None else reported_command(report_of(opened.path), original, opened.path)
+    if opened is None or made is None:
+        return []
+    return [made, shlex.join(["bitmill", "measure", opened.path.name, "--against", original])]
 
 
 def _usual() -> str | None:

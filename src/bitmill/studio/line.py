@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bitmill.core.axes import Grid
-from bitmill.core.errors import BadRecipe, Refused
+from bitmill.core.errors import BadRecipe, Refused, Unsolvable
 from bitmill.core.registry import grid_families, parse_grid
 from bitmill.grids.integer import Integer
 from bitmill.numerics.hadamard import apply, largest_factor
@@ -123,7 +123,11 @@ def compare(desk: Desk, asked: Asked) -> dict[str, Any]:
             left.append({"grid": str(grid), "why": why})
             continue
         bits = grid.storage_bits(seen.tile.shape) / math.prod(seen.tile.shape)
-        lost = _error(seen, grid.round(seen.values).dense())
+        try:
+            lost = _error(seen, grid.round(seen.values).dense())
+        except Unsolvable as error:
+            left.append({"grid": str(grid), "why": error.what})
+            continue
         rows.append({"grid": str(grid), "bits": bits, "rmse": lost["rmse"], "relative": lost["relative"]})
     rows.sort(key=lambda row: (row["bits"], _badness(row)))
     best = math.inf
@@ -170,6 +174,8 @@ def _misfit(grid: Grid, seen: Look) -> str | None:
 def _remark(grid: Grid, rows: int) -> str:
     """What is not as it would be for the whole tensor."""
     high, wide = grid.block
+    if grid.span[1] > 1:
+        return f"{grid.span[1]} weights are chosen together, so not every row of such values is possible."
     if high == 1:
         return ""
     many = f"{rows} rows" if rows > 1 else "one row"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from bitmill.pages.anatomy import anatomy
 from bitmill.pages.beside import report_of, weighted
 from bitmill.pages.experts import experts
 from bitmill.pages.heat import ROLES, heat
-from bitmill.pages.parts import Card, commands, facts, rows, section, strip
+from bitmill.pages.parts import Card, commands, facts, note, panel, rows, section, strip
 from bitmill.pages.record import map_of
 from bitmill.pages.svg import WIDTH, box, line, svg, text
 
@@ -79,16 +78,27 @@ def made(path: Path, stored: Checkpoint, original: Checkpoint | None) -> Made | 
     return Made(path, stored, original, report, _tensors(report))
 
 
-def sections(found: Made) -> tuple[str, dict[str, Any]]:
-    """The page's part about this file, and what the script is to know of its map."""
+def sections(found: Made, again: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
+    """The page's part about this file, and what the script is to know of its map.
+
+    Args:
+        again: commands that make and measure it again.
+    """
     picture, cells = heat([{"tensors": found.tensors}], [weighted(found.report)])
+    other = ""
+    if found.original is not None and found.report["plan"].get("source") != found.original.digest:
+        other = note(
+            f"The report is of another model than {found.original.path.name}, or of one in other files: "
+            "weights before are not surely those that this file was made from."
+        )
     body = (
         strip(_cards(found))
+        + other
         + map_of([found.path.name], picture, found.original is not None)
         + experts(found.report)
         + _blocks(found.report)
         + _notes(found.report)
-        + _how(found)
+        + _how(found, again)
     )
     return body, cells
 
@@ -140,11 +150,11 @@ def _blocks(report: Mapping[str, Any]) -> str:
 
 def _notes(report: Mapping[str, Any]) -> str:
     told = report.get("notes")
-    found = [note for note in told if isinstance(note, dict)] if isinstance(told, list) else []
+    found = [one for one in told if isinstance(one, dict)] if isinstance(told, list) else []
     if not found:
         return ""
-    kinds = Counter(_word(note.get("kind")) for note in found)
-    first = {_word(note.get("kind")): note for note in reversed(found)}
+    kinds = Counter(_word(one.get("kind")) for one in found)
+    first = {_word(one.get("kind")): one for one in reversed(found)}
     lines = [
         (kind, str(count), _word(first[kind].get("where")), _word(first[kind].get("text")))
         for kind, count in kinds.most_common(_SHOWN_NOTES)
@@ -153,20 +163,13 @@ def _notes(report: Mapping[str, Any]) -> str:
     return section("Notes", said, rows(("kind", "how many", "where", "what"), lines, left=4))
 
 
-def _how(found: Made) -> str:
-    plan = found.report["plan"]
-    recipe, source = _word(plan.get("recipe")), "MODEL"
-    if found.original is not None:
-        source = found.original.path.name
-    calibration = found.report.get("calibration")
+def _how(found: Made, again: Sequence[str]) -> str:
+    plan, calibration = found.report["plan"], found.report.get("calibration")
     told = calibration if isinstance(calibration, dict) else {}
-    pairs = [("recipe", recipe), ("container", _word(plan.get("container")))]
-    pairs += [(key, _word(told[key])) for key in ("source", "tokens", "windows", "seed") if key in told]
-    again = [
-        shlex.join(["bitmill", "quantize", source, recipe, "-o", found.path.name]),
-        shlex.join(["bitmill", "measure", found.path.name, "--against", source, "--html", "page.html"]),
-    ]
-    return f'<h2>How it was made</h2><div class="panel">{facts(pairs, "mono")}</div>{commands(again)}'
+    pairs = [("recipe", _word(plan.get("recipe"))), ("container", _word(plan.get("container")))]
+    named = (("source", "calibrated on"), ("tokens", "tokens"), ("windows", "windows"), ("seed", "seed"))
+    pairs += [(label, _word(told[key])) for key, label in named if key in told]
+    return f"<h2>How it was made</h2>{panel(facts(pairs, 'mono'))}{commands(again) if again else ''}"
 
 
 def _tensors(report: Mapping[str, Any]) -> list[dict[str, Any]]:

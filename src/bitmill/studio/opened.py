@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import prod
 from typing import Any
@@ -24,12 +24,15 @@ CONTEXT = 8192
 _LONGEST = 300
 
 
-def opened(model: Checkpoint | None, original: Checkpoint | None = None) -> Answers:
+def opened(
+    model: Checkpoint | None, original: Checkpoint | None = None, again: Sequence[str] = ()
+) -> Answers:
     """What a studio says of a model, or, without one, of numbers alone.
 
     Args:
         original: what the model was made from: its tensors are those to be rounded then, and the model's own
             report can show weights before and after.
+        again: commands that make and measure the model again, for a reader to copy.
     """
     asks: dict[str, Callable[[bytes], Mapping[str, Any]]] = {"number": _with(NUMBER_FIELDS, number)}
     if model is None:
@@ -41,7 +44,7 @@ def opened(model: Checkpoint | None, original: Checkpoint | None = None) -> Answ
     asks["compare"] = _with(LINE_FIELDS, partial(compare, desk))
     asks["tensors"] = _with(("block", "having"), partial(_matrices, desk))
     found = made(model.path, model, original)
-    body, cells = ("", {}) if found is None else sections(found)
+    body, cells = ("", {}) if found is None else sections(found, again)
     if found is not None:
         asks["panel"] = _with(("tensor",), partial(_panel, found))
     contents = Contents(

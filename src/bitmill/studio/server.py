@@ -24,6 +24,7 @@ LOOPBACK = "127.0.0.1"
 
 _HOST = re.compile(r"(?:127\.0\.0\.1|localhost)(?::[1-9]\d{0,4})?")
 _AT_ONCE = 4
+_DEFECTS = (ArithmeticError, AssertionError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 _SECONDS = 20
 _HEADERS = {
     "Cache-Control": "no-store",
@@ -142,6 +143,10 @@ class _Handler(BaseHTTPRequestHandler):
             said = {"what": error.what, "where": error.where, "fix": error.fix}
             self._json(HTTPStatus.BAD_REQUEST, {"error": said})
             return
+        except _DEFECTS as error:
+            what = f"{type(error).__name__}: this is a defect of bitmill; the terminal says more"
+            self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, what)
+            raise
         finally:
             room.release()
         self._json(HTTPStatus.OK, found)
