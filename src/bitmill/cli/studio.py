@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Opened = Annotated[
     str | None,
     typer.Argument(
-        metavar="[MODEL]",
+        metavar="MODEL",
         help="A model folder, a .gguf file, a hub id or smollm2; of a file that Bitmill made, its report is "
         "shown, too. [default: smollm2, where it is installed]",
         show_default=False,
