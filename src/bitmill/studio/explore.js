@@ -84,7 +84,7 @@ function explorer() {
     at.verdict.replaceChildren(...cards);
     at.line.replaceChildren(...line(found));
     at.codes.replaceChildren(...codes(found));
-    at.beside.replaceChildren(...Object.entries(found.beside).map(([what, values]) => curve(what, values)));
+    at.beside.replaceChildren(...Object.entries(found.beside).map(([what, values]) => curve(what, values, lost.others !== null)));
     at.inside.replaceChildren(
       arithmetic(found.block),
       make("details", {}, make("summary", {}, "all of these rows: distribution and scales"),
@@ -112,7 +112,7 @@ function explorer() {
       ? `columns ${block.column} to ${block.column + alike - 1}: the others have a scale of their own`
       : `columns ${block.column} to ${block.column + block.before.length - 1}`;
     const turned = found.order ? `, behind a rotation of order ${found.order}` : "";
-    const kept_as = found.kept && `In the file these weights are ${found.kept === "quantized" ? "" : `on ${found.kept}, so `}quantized already`;
+    const kept_as = found.kept && `The file has them ${found.kept === "quantized" ? "" : `on ${found.kept}, `}quantized already`;
     const values = occurring ? `${points.length} values occur` : `${points.length} values, ${[...kept].length} of them in use`;
     parts.push(make("h4", {}, `Row ${found.row}, ${spread}${turned}`), stage, make("p", { class: "quiet" }, [values, found.remark.replace(/\.$/, ""), kept_as].filter(Boolean).join(". ") + "."));
     return parts;
@@ -151,7 +151,7 @@ function explorer() {
     return [make("h4", {}, "Codes, and below them what they stand for"), make("ul", { class: "codes" }, ...cells)];
   }
 
-  function curve(what, values) {
+  function curve(what, values, others) {
     const NAMES = { bits: "Error by bits", group: "Error by group", zero: "Error by zero point" };
     const wide = 260, high = 84, stage = draw("svg", { viewBox: `0 0 ${wide} ${high + 34}`, role: "img", "aria-label": NAMES[what] });
     const top = Math.max(...values.map((v) => v.error || 0)) || 1, step = wide / values.length;
@@ -164,7 +164,7 @@ function explorer() {
       stage.append(draw("text", { x: x + step / 2, y: 12 + high - tall, class: "tick", "text-anchor": "middle" },
         error === null ? "?" : short(100 * error, 2)));
     });
-    return make("div", {}, make("h4", {}, `${NAMES[what]}, %`), stage);
+    return make("div", {}, make("h4", {}, `${NAMES[what]}, %${others ? " of the others" : ""}`), stage);
   }
 
   const follow = following(() => ask("line", fields()), showKeeping, (said) => trouble(byId("trouble"), said));
