@@ -105,3 +105,11 @@ def test_one_memory_and_no_cliff(command: Command, tmp_path: Path) -> None:
 def test_a_machine_nobody_knows(command: Command) -> None:
     said = command("plan", "smollm2", "--machine", "rtx4091 + 64GB")
     assert said.code == 2 and "rtx4090" in said.err and not said.out
+
+
+def test_a_runtime_whose_memory_is_not_modelled_may_still_be_planned_for(command: Command) -> None:
+    said = command("plan", "smollm2", "q8_0", "--for", "vllm@0.20")
+    assert said.code == 0 and "q8_0" in said.out, said.err
+    assert "what running it takes is left out" in said.err and "GGUF is experimental" in said.err
+    asked = command("plan", "smollm2", "q8_0", "--for", "vllm@0.20", "--context", "4096")
+    assert asked.code == 2 and "not modelled" in asked.err

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bitmill.cli import say
-from bitmill.cli.memory import Asked, Context, Kv, MachineText, Parallel, Plot, RuntimeName, answer
+from bitmill.cli.memory import Answer, Asked, Context, Kv, MachineText, Parallel, Plot, RuntimeName, answer
 from bitmill.cli.options import (
     Bits,
     EmbeddingType,
@@ -38,6 +38,7 @@ from bitmill.cli.options import (
 from bitmill.cli.progress import Teller
 from bitmill.cli.verify import Cards, refuse_unloadable
 from bitmill.cli.wanted import Types, wanted
+from bitmill.core.errors import Refused
 
 ORDER = ("embed", "attn_in_norm", "q", "q_norm", "k", "k_norm", "v", "o", "post_attn_norm", "mlp_in_norm",
          "router", "gate", "up", "down", "post_mlp_norm", "final_norm", "head")  # fmt: skip
@@ -122,7 +123,7 @@ def plan(
     check_imatrix(made, source, imatrix, imatrix_missing)
     refuse_unloadable([made], runtime, tp)
     made = _timed(made, source, imatrix, imatrix_missing) if time else made
-    found = answer(asked, model, revision, made, source) if asked.anything else None
+    found = _running(asked, model, revision, made, source)
     if json:
         say.emit({**made.to_json(), **({"memory": found.to_json()} if found is not None else {})})
         return
@@ -141,6 +142,17 @@ def check_imatrix(made: Plan, source: Checkpoint, files: Sequence[Path] | None, 
     _, account = importance(made, source, files, missing)
     if account.notes:
         say.note(f"{len(account.notes)} weights have no data in the importance matrix: {missing}")
+
+
+def _running(asked: Asked, model: str, revision: str | None, made: Plan, source: Checkpoint) -> Answer | None:
+    """What running it takes, if any of that is asked; a runtime alone may be one that is not modelled."""
+    try:
+        return answer(asked, model, revision, made, source) if asked.anything else None
+    except Refused as refusal:
+        if asked != Asked(runtime=asked.runtime):
+            raise
+        say.note(f"what running it takes is left out: {refusal.what}")
+        return None
 
 
 def _timed(made: Plan, source: Checkpoint, files: Sequence[Path] | None, missing: str) -> Plan:
