@@ -7,8 +7,10 @@ Of the original, which runs once, the hidden states behind its last block stay.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,11 +21,13 @@ from bitmill.core.axes import inputs_of
 from bitmill.core.errors import Unsolvable
 from bitmill.core.types import Quantized, Row
 from bitmill.numerics.moving import all_linear, moving, slopes
+from bitmill.numerics.portions import Portions
 from bitmill.relabel import relabelled
 from bitmill.tuning_plan import MICRO_TOKENS
 from bitmill.walk import Walk
 
 Leaves = Mapping[str, Tensor]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,10 +67,14 @@ class Distilled:
     Args:
         walk: that has written it.
         norms: whether weights of norms are leaves, too.
+
+    Attributes:
+        portions: tokens inside a block at once.
     """
 
     def __init__(self, walk: Walk, norms: bool) -> None:
         self._walk, self._device = walk, torch.device(walk.device)
+        self.portions = Portions(MICRO_TOKENS, "tokens")
         self._written = walk.container.open(walk.space.payload)
         rows = {row.name: row for row in walk.plan.rows}
         self.weights = {name: w for name, row in rows.items() if (w := self._weight(row)) is not None}
@@ -105,18 +113,19 @@ class Distilled:
     def wanted(self, tokens: Tensor) -> Tensor:
         """The original's hidden states behind its last block, of the second half of each window."""
         stream = Stream(self._walk.source, self._walk.device)
-        batch = max(1, MICRO_TOKENS // tokens.shape[1])
 
         def say(hidden: Tensor, index: int) -> Tensor:
             self._walk.tell("original", index + 1, stream.layers, "")
             return hidden
 
-        return _later(stream.hidden(tokens, batch, say)).clone()
+        length = tokens.shape[1]
+        run = partial(stream.hidden, tokens, after=say)
+        return _later(self._through(lambda size: run(max(1, size // length)), tokens)).clone()
 
     @torch.no_grad()
     def judge(self, tokens: Tensor, wanted: Tensor, original: Head, leaves: Leaves) -> float:
         """Mean divergence over windows, in nats."""
-        hidden = self._up(tokens, leaves, [])
+        hidden = self._through(partial(self._up, tokens, leaves, None), tokens)
         norm = leaves.get(self.head.norm_name)
         parts = [
             divergence(original.logits(theirs), self.head.logits(ours, norm)).mean()
@@ -128,11 +137,17 @@ class Distilled:
         self, tokens: Tensor, wanted: Tensor, original: Head, leaves: Leaves
     ) -> tuple[float, dict[str, Tensor]]:
         """Mean divergence over windows, and its derivatives by relative changes of the leaves."""
+        return self._through(partial(self._lesson, tokens, wanted, original, leaves), tokens)
+
+    def _lesson(
+        self, tokens: Tensor, wanted: Tensor, original: Head, leaves: Leaves, size: int
+    ) -> tuple[float, dict[str, Tensor]]:
+        """With so many tokens inside a block at once."""
         inputs: list[Tensor] = []
-        hidden = self._up(tokens, leaves, inputs)
+        hidden = self._up(tokens, leaves, inputs, size)
         loss, gradient, found = self._top(hidden, wanted, original, leaves)
         for block, names in zip(reversed(self._blocks), reversed(self._inside), strict=True):
-            gradient, here = self._down(block, names, leaves, inputs.pop(), gradient)
+            gradient, here = self._down(block, names, leaves, inputs.pop(), gradient, size)
             found.update(here)
         return loss, found
 
@@ -148,13 +163,17 @@ class Distilled:
         for name, norm in self.norms.items():
             self._walk.placing.write(norm.row, norm.row.grid.round(leaves[name].cpu()))
 
-    def _up(self, tokens: Tensor, leaves: Leaves, inputs: list[Tensor]) -> Tensor:
+    def _through(self, work: Callable[[int], T], tokens: Tensor) -> T:
+        return self.portions.through(work, tokens.numel(), tokens.shape[1])
+
+    def _up(self, tokens: Tensor, leaves: Leaves, inputs: list[Tensor] | None, size: int) -> Tensor:
         hidden = self.stream.embed(tokens)
         with torch.no_grad():
             for block, names in zip(self._blocks, self._inside, strict=True):
-                inputs.append(hidden)
+                if inputs is not None:
+                    inputs.append(hidden)
                 values = {_path(block, n): v for n, v in self._values(names, leaves).items()}
-                hidden = torch.cat([block.outputs(values, part) for part in _parts(hidden)])
+                hidden = torch.cat([block.outputs(values, part) for part in _parts(hidden, size)])
         return hidden
 
     def _top(
@@ -178,14 +197,20 @@ class Distilled:
         return total, gradient, {} if by_norm is None else {name: by_norm * self.norms[name].unit}
 
     def _down(
-        self, block: Block, names: Sequence[str], leaves: Leaves, inputs: Tensor, gradient: Tensor
+        self,
+        block: Block,
+        names: Sequence[str],
+        leaves: Leaves,
+        inputs: Tensor,
+        gradient: Tensor,
+        size: int,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Derivatives by a block's input, and by its leaves."""
         values = {name: value.requires_grad_() for name, value in self._values(names, leaves).items()}
         paths = {_path(block, name): value for name, value in values.items()}
         sums = {name: torch.zeros_like(value) for name, value in values.items()}
         before = []
-        for x, pull in zip(_parts(inputs), _parts(gradient), strict=True):
+        for x, pull in zip(_parts(inputs, size), _parts(gradient, size), strict=True):
             x = x.detach().requires_grad_()
             with torch.enable_grad():
                 out = block.outputs(paths, x)
@@ -246,8 +271,8 @@ def _later(windows: Tensor) -> Tensor:
     return windows[:, windows.shape[1] // 2 :]
 
 
-def _parts(hidden: Tensor) -> tuple[Tensor, ...]:
-    return hidden.split(max(1, MICRO_TOKENS // hidden.shape[1]))
+def _parts(hidden: Tensor, size: int) -> tuple[Tensor, ...]:
+    return hidden.split(max(1, size // hidden.shape[1]))
 
 
 def _path(block: Block, name: str) -> str:

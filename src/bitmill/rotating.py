@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +31,14 @@ from bitmill.numerics.cache import KEYS
 from bitmill.numerics.cayley import turned
 from bitmill.numerics.inputs import straight
 from bitmill.numerics.linear_maps import Diagonal, Hadamard, Orthogonal
+from bitmill.numerics.portions import Portions
 from bitmill.tuning import Tuning
 from bitmill.walk import Progress, Walk
 
 UNIT = "rotate"
 LAST = "rotate: found"
 MICRO_TOKENS = 2048  # tokens inside a block at once
+T = TypeVar("T")
 
 Rotations = Mapping[str, Tensor]
 """Blocks ``m n n`` by place: ``residual``, ``value.3``."""
@@ -77,7 +79,7 @@ class Rotating:
         self.walk.learned({place: _map(blocks) for place, blocks in rotations.items()})
         report = self.job.run(identity, done[len(mine) :], started)
         name = next(str(c) for c in self.walk.plan.recipe.transforms if c.name == facts["name"])
-        return replace(report, notes=(_note(facts, name), *report.notes), resumed=len(done))
+        return replace(report, notes=(*_notes(facts, name), *report.notes), resumed=len(done))
 
     def _learned(self, done: Sequence[Mapping[str, Any]]) -> tuple[Rotations, Mapping[str, Any]]:
         if done and done[-1]["unit"] == LAST:
@@ -104,7 +106,9 @@ class Rotating:
         self.tell("rotate", task.step, self.transform.passes, "")
         found = self.transform.learn(task)
         call = self._call()
-        facts = {**found.facts, "name": call, "judge": held.facts, "seconds": time.monotonic() - began}
+        short = [vars(note) for note in model.portions.notes(call)]
+        told = {"name": call, "judge": held.facts, "seconds": time.monotonic() - began, "memory": short}
+        facts = {**found.facts, **told}
         self.space.finish_unit(LAST, {"rotations": facts}, _cpu(found.rotations), lasting=True)
         return found.rotations, facts
 
@@ -130,6 +134,7 @@ class _Rounded:
 
     def __init__(self, walk: Walk, held: HeldOut, distils: bool, streams: bool) -> None:
         self._plan, self._held = walk.plan, held
+        self.portions = Portions(MICRO_TOKENS, "tokens")
         source = walk.source
         unit = Diagonal(torch.ones(int(source.config["hidden_size"]))) if streams else None
         fold = FixedFold(walk.plan.family, unit, {}, tied=False, shared=False, values=0)
@@ -144,27 +149,33 @@ class _Rounded:
 
     def lesson(self, rotations: Rotations, windows: Tensor) -> tuple[float, dict[str, Tensor]]:
         """Loss over taught windows, and its derivatives by the entries of the rotations."""
+        return self._through(partial(self._lesson, rotations, windows), self._held.taught[windows])
+
+    def _lesson(self, rotations: Rotations, windows: Tensor, size: int) -> tuple[float, dict[str, Tensor]]:
+        """With so many tokens inside a block at once."""
         inputs: list[Tensor] = []
-        hidden = self._up(self._held.taught[windows], rotations, inputs)
+        hidden = self._up(self._held.taught[windows], rotations, inputs, size)
         loss, gradient = self._top(hidden, windows)
         sums = {name: torch.zeros_like(value) for name, value in rotations.items()}
         for block in self._backwards():
-            gradient = self._down(block, rotations, inputs.pop(), gradient, sums)
+            gradient = self._down(block, rotations, inputs.pop(), gradient, sums, size)
         return loss, sums
 
     def judge(self, rotations: Rotations) -> float:
         """Loss over the windows that judge."""
-        hidden, total = self._up(self._held.judges, rotations, []), 0.0
-        for at, tokens in enumerate(self._held.judges):
+        judges, total = self._held.judges, 0.0
+        hidden = self._through(partial(self._up, judges, rotations, None), judges)
+        for at, tokens in enumerate(judges):
             wanted = None if self._wanted is None else self._wanted[len(self._held.taught) + at]
             with torch.no_grad():
                 total += float(self._loss(hidden[at], tokens, wanted))
-        return total / len(self._held.judges)
+        return total / len(judges)
 
     def _original(self) -> Tensor:
         """Hidden states of the model as it is, of the windows that teach and of those that judge."""
         tokens = torch.cat([self._held.taught, self._held.judges])
-        return self._plain.hidden(tokens, max(1, MICRO_TOKENS // tokens.shape[1]))
+        length = tokens.shape[1]
+        return self._through(lambda size: self._plain.hidden(tokens, max(1, size // length)), tokens)
 
     def _loss(self, hidden: Tensor, tokens: Tensor, wanted: Tensor | None) -> Tensor:
         ours = self._head.logits(hidden[:-1])
@@ -174,12 +185,16 @@ class _Rounded:
             theirs = self._head.logits(wanted[:-1].to(ours.device))
         return divergence(theirs, ours).mean()
 
-    def _up(self, tokens: Tensor, rotations: Rotations, inputs: list[Tensor]) -> Tensor:
+    def _through(self, work: Callable[[int], T], tokens: Tensor) -> T:
+        return self.portions.through(work, tokens.numel(), tokens.shape[1])
+
+    def _up(self, tokens: Tensor, rotations: Rotations, inputs: list[Tensor] | None, size: int) -> Tensor:
         hidden, self._now = self._plain.embed(tokens), rotations
         for index in range(self._stream.layers):
-            inputs.append(hidden)
+            if inputs is not None:
+                inputs.append(hidden)
             block = self._block(index)
-            hidden = torch.cat([block.forward(part) for part in _parts(hidden)])
+            hidden = torch.cat([block.forward(part) for part in _parts(hidden, size)])
         return hidden
 
     def _top(self, hidden: Tensor, windows: Tensor) -> tuple[float, Tensor]:
@@ -194,13 +209,19 @@ class _Rounded:
         return total, gradient
 
     def _down(
-        self, block: Block, rotations: Rotations, inputs: Tensor, gradient: Tensor, sums: dict[str, Tensor]
+        self,
+        block: Block,
+        rotations: Rotations,
+        inputs: Tensor,
+        gradient: Tensor,
+        sums: dict[str, Tensor],
+        size: int,
     ) -> Tensor:
         """Derivatives by a block's input; those by rotations are added to ``sums``."""
         names = [n for n in rotations if n in ("residual", f"value.{block.index}")]
         leaves = {name: rotations[name].float().requires_grad_() for name in names}
         self._now, before = leaves, []
-        for x, pull in zip(_parts(inputs), _parts(gradient), strict=True):
+        for x, pull in zip(_parts(inputs, size), _parts(gradient, size), strict=True):
             x = x.detach().requires_grad_()
             with torch.enable_grad():
                 out = block.outputs({}, x)
@@ -277,16 +298,17 @@ def _map(blocks: Tensor) -> LinearMap:
     return Orthogonal(torch.block_diag(*blocks))
 
 
-def _note(facts: Mapping[str, Any], name: str) -> Note:
+def _notes(facts: Mapping[str, Any], name: str) -> tuple[Note, ...]:
     first, last = facts["first"], facts["last"]
     text = f"loss on {facts['judge']['text']} {first:.4f} -> {last:.4f}"
     text += "; no better: the random rotations stay" if facts["kept"] else ""
-    return Note("rotations", name, text, last / first if first else None)
+    short = (Note(**note) for note in facts.get("memory", ()))
+    return Note("rotations", name, text, last / first if first else None), *short
 
 
 def _cpu(tensors: Rotations) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone() for name, value in tensors.items()}
 
 
-def _parts(hidden: Tensor) -> tuple[Tensor, ...]:
-    return hidden.split(max(1, MICRO_TOKENS // hidden.shape[1]))
+def _parts(hidden: Tensor, size: int) -> tuple[Tensor, ...]:
+    return hidden.split(max(1, size // hidden.shape[1]))

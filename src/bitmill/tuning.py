@@ -161,6 +161,7 @@ def _account(tuned: Tuned, model: Distilled, held: HeldOut, seconds: float) -> d
         "taught_windows": len(held.taught),
         "judge": held.facts,
         "seconds": seconds,
+        "memory": [vars(note) for note in model.portions.notes("scales and norms")],
     }
 
 
@@ -172,7 +173,7 @@ def _notes(facts: Mapping[str, Any], name: str) -> tuple[Note, ...]:
     said += "errors of weights in this report are those before it"
     if not at:
         said = f"no step was better on {facts['judge']['text']}: the scales stay as they were"
-    notes = [Note("tuned", name, said, ratio)]
+    notes = [Note("tuned", name, said, ratio), *(Note(**note) for note in facts.get("memory", ()))]
     if "stopped" in facts:
         text = f"stopped: {facts['stopped']}; kept is step {at}"
         notes.append(Note("tune-stopped", name, text))

@@ -12,11 +12,13 @@ from torch import Tensor
 from bitmill.core.axes import Grid
 from bitmill.core.learning import BlockTask
 from bitmill.core.types import Note, Problem, Quantized
+from bitmill.numerics.portions import Portions
 
 CHECKS = 10  # times that progress is judged
 JUDGES = 8  # windows, at most, that do not teach and judge instead
 
-Loss = Callable[[Sequence[Tensor]], Tensor]
+Loss = Callable[[Sequence[Tensor], int], Iterator[Tensor]]
+"""A loss at these values in parts that add up to it, of so many windows at most."""
 
 
 class Course:
@@ -28,9 +30,15 @@ class Course:
     """
 
     def __init__(
-        self, problems: Sequence[Problem], grids: Sequence[Grid], lessons: Iterator[Loss], judge: Loss
+        self,
+        problems: Sequence[Problem],
+        grids: Sequence[Grid],
+        lessons: Iterator[Loss],
+        judge: Loss,
+        windows: int,
     ) -> None:
-        self._lessons, self._judge = lessons, judge
+        self._lessons, self._judge, self._windows = lessons, judge, windows
+        self._portions = Portions(windows, "windows")
         self.best = [
             grid.round(p.weight.float(), None if p.moments is None else p.moments.importance)
             for p, grid in zip(problems, grids, strict=True)
@@ -46,30 +54,46 @@ class Course:
         generator = torch.Generator().manual_seed(seed)
 
         def loss(windows: Tensor) -> Loss:
-            wanted = task.wanted(windows)
-            return lambda values: (task.outputs(values, windows) - wanted).square().mean()
+            def parts(values: Sequence[Tensor], size: int) -> Iterator[Tensor]:
+                for some in windows.split(size):
+                    error = task.outputs(values, some) - task.wanted(some)
+                    yield error.square().mean() * (len(some) / len(windows))
+
+            return parts
 
         def lessons() -> Iterator[Loss]:
             while True:
                 yield loss(taught[torch.randperm(len(taught), generator=generator)[:batch]])
 
-        return cls(task.problems, task.grids, lessons(), loss(judges))
+        most = max(min(batch, len(taught)), len(judges))
+        return cls(task.problems, task.grids, lessons(), loss(judges), most)
 
     @classmethod
     def of_layer(cls, problem: Problem, grid: Grid) -> Course:
         """Taught and judged by the error of one weight's own output, where its moments tell; of the weight,
         where there are none."""
         loss = _own_loss(problem)
-        return cls([problem], [grid], repeat(loss), loss)
+        return cls([problem], [grid], repeat(loss), loss, 1)
 
     def gradients(self, values: Sequence[Tensor]) -> list[Tensor | None] | None:
         """Of the next lesson's loss by these values; None where it is no number."""
         leaves = [value.requires_grad_() for value in values]
-        with torch.enable_grad():
-            loss = next(self._lessons)(leaves)
-        if not torch.isfinite(loss):
-            return None
-        return list(torch.autograd.grad(loss, leaves, allow_unused=True))
+        lesson = next(self._lessons)
+
+        def summed(size: int) -> list[Tensor | None] | None:
+            sums: list[Tensor | None] = [None for _ in leaves]
+            with torch.enable_grad():
+                for part in lesson(leaves, size):
+                    if not torch.isfinite(part):
+                        return None
+                    found = torch.autograd.grad(part, leaves, allow_unused=True)
+                    sums = [
+                        g if s is None else s if g is None else s + g
+                        for s, g in zip(sums, found, strict=True)
+                    ]
+            return sums
+
+        return self._portions.through(summed, self._windows)
 
     def offer(self, quantized: list[Quantized]) -> None:
         """Keep these where the judge prefers them."""
@@ -81,11 +105,12 @@ class Course:
         """How far it came."""
         ratio = self.least / self.first if self.first > 0 else 1.0
         text = f"{what}: the error of the output is x {ratio:.3f} of plain rounding's"
-        return (Note("learned", name, text, ratio),)
+        return (Note("learned", name, text, ratio), *self._portions.notes(name))
 
     @torch.no_grad()
     def _judged(self, quantized: Sequence[Quantized]) -> float:
-        loss = float(self._judge([q.dense() for q in quantized]))
+        values = [q.dense() for q in quantized]
+        loss = self._portions.through(lambda n: sum(map(float, self._judge(values, n))), self._windows)
         return loss if math.isfinite(loss) else math.inf
 
 
@@ -93,6 +118,6 @@ def _own_loss(problem: Problem) -> Loss:
     w, moments = problem.weight.float(), problem.moments
     if moments is not None and moments.gram is not None:
         gram = moments.gram / max(moments.tokens, 1)
-        return lambda values: ((values[0] - w) @ gram * (values[0] - w)).sum()
+        return lambda values, _: iter([((values[0] - w) @ gram * (values[0] - w)).sum()])
     importance = torch.ones(w.shape[1]) if moments is None else moments.importance
-    return lambda values: ((values[0] - w).square() * importance.to(w)).sum()
+    return lambda values, _: iter([((values[0] - w).square() * importance.to(w)).sum()])

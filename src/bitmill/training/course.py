@@ -143,7 +143,8 @@ class Course:
             "learning_seconds": time.monotonic() - began,
             **({"stopped": state.stopped} if state.stopped else {}),
         }
-        return Learned(written, facts, tuple(_notes(state, at, str(self.space.out))))
+        where = str(self.space.out)
+        return Learned(written, facts, (*_notes(state, at, where), *pupil.portions.notes(where)))
 
     def _steps(
         self, pupil: Pupil, optimizer: torch.optim.Optimizer, state: _State, best: dict[str, Tensor]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import final
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from bitmill.calibrate.skeleton import scaled_logits
+from bitmill.numerics.portions import Portions
 from bitmill.training.lessons import Lesson
 
 LOGITS = 256  # positions whose logits are alive at once
@@ -27,6 +29,10 @@ class Pupil:
         named: what learns, by the name it is kept under.
         micro_tokens: tokens that go through the model at once, padding included.
         clip: most norm of a gradient.
+
+    Attributes:
+        parameters: what learns.
+        portions: tokens that go through the model at once.
     """
 
     def __init__(
@@ -38,7 +44,7 @@ class Pupil:
         clip: float,
     ) -> None:
         self._model, self._body, self._named = model, model.get_submodule(body), dict(named)
-        self._micro, self._clip = micro_tokens, clip
+        self.portions, self._clip = Portions(micro_tokens, "tokens"), clip
         self._facts = model.config.to_dict()
         self.parameters = list(self._named.values())
         with warnings.catch_warnings():
@@ -58,21 +64,31 @@ class Pupil:
     def lesson(self, batch: Sequence[Lesson], seed: int) -> tuple[float, float]:
         """Mean loss of a batch, nats an answer token, with gradients left in place, clipped; their norm."""
         self._model.train()
-        answers, total = sum(lesson.answers for lesson in batch), 0.0
-        with torch.random.fork_rng(), torch.enable_grad():
-            torch.manual_seed(seed)  # dropout of the model's own
-            for ids, counts in _micro(batch, self._micro):
-                loss = self._loss(ids, counts) / answers
-                loss.backward()
-                total += float(loss.detach())
+        total = self.portions.through(partial(self._taught, batch, seed), *_sizes(batch))
         return total, float(nn.utils.clip_grad_norm_(self.parameters, self._clip))
 
     @torch.no_grad()
     def judged(self, lessons: Sequence[Lesson]) -> float:
         """Mean loss, nats an answer token."""
         self._model.eval()
-        total = sum(float(self._loss(ids, counts)) for ids, counts in _micro(lessons, self._micro))
-        return total / sum(lesson.answers for lesson in lessons)
+
+        def summed(size: int) -> float:
+            return sum(float(self._loss(ids, counts)) for ids, counts in _micro(lessons, size))
+
+        return self.portions.through(summed, *_sizes(lessons)) / sum(lesson.answers for lesson in lessons)
+
+    def _taught(self, batch: Sequence[Lesson], seed: int, size: int) -> float:
+        """The loss, with gradients left in place."""
+        answers, total = sum(lesson.answers for lesson in batch), 0.0
+        for parameter in self.parameters:
+            parameter.grad = None
+        with torch.random.fork_rng(), torch.enable_grad():
+            torch.manual_seed(seed)  # dropout of the model's own
+            for ids, counts in _micro(batch, size):
+                loss = self._loss(ids, counts) / answers
+                loss.backward()
+                total += float(loss.detach())
+        return total
 
     def _loss(self, ids: Tensor, counts: Tensor) -> Tensor:
         """Sum over the tokens that count. Padding stands behind, where no earlier token sees it."""
@@ -89,6 +105,12 @@ class Pupil:
     def _nats(self, hidden: Tensor, wanted: Tensor) -> Tensor:
         logits = self._model.get_output_embeddings()(hidden).float()
         return nn.functional.cross_entropy(scaled_logits(logits, self._facts), wanted, reduction="sum")
+
+
+def _sizes(lessons: Sequence[Lesson]) -> tuple[int, int]:
+    """Tokens of all, padding included, and the least that go through at once: the longest lesson."""
+    longest = max(len(lesson.ids) for lesson in lessons)
+    return longest * len(lessons), longest
 
 
 def _micro(lessons: Sequence[Lesson], most: int) -> Iterator[tuple[Tensor, Tensor]]:
