@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -40,12 +41,16 @@ def _gram(seed: int = 1) -> Moments:
     return Moments(512, x.square().sum(0), x.abs().sum(0), x.abs().amax(0), x.T @ x)
 
 
-def _straight(x: Tensor) -> Tensor:
-    return x + (x.round() - x).detach()
+def _straight(x: Tensor, amplitude: float = 0.0) -> Tensor:
+    """Rounded, with StableQAT's derivative, as its authors write it; at 0, that of the identity."""
+    turned = torch.cos(math.pi * (x + x.round()))
+    through = 2 / (1 + math.sqrt(2) * math.pi * amplitude * turned) - 1
+    return x.round().detach() + through.detach() * (x - x.detach())
 
 
+@pytest.mark.parametrize("amplitude", [0.0, 0.21])
 @pytest.mark.parametrize("seed", range(3))
-def test_slopes_are_those_that_autograd_finds(seed: int) -> None:
+def test_slopes_are_those_that_autograd_finds(seed: int, amplitude: float) -> None:
     """A whole-number grid with free ends, written out: weights, and both ends of each range."""
     grid, w, rng = Integer(bits=2, group=32, zero="fz", scale="f32"), _weight(seed), torch.Generator()
     gradient = torch.randn(w.shape, generator=rng.manual_seed(seed))
@@ -57,12 +62,12 @@ def test_slopes_are_those_that_autograd_finds(seed: int) -> None:
     v, a, b = leaves[0], *(t.repeat_interleave(32, 1) for t in leaves[1:])
     top, bottom = (t.repeat_interleave(32, 1) for t in (state.top, state.bottom))
     scale = (a * top - b * bottom) / 3
-    code = (_straight((v - b * bottom) / scale)).clamp(0, 3)
+    code = (_straight((v - b * bottom) / scale, amplitude)).clamp(0, 3)
     value = code * scale + b * bottom
     (value * gradient).sum().backward()
     params = state.params()
     quantized = state.quantized(params).dense()
-    by_weight, by_high, by_low = state.slopes(gradient, quantized, params)
+    by_weight, by_high, by_low = state.slopes(gradient, quantized, params, amplitude)
     assert leaves[0].grad is not None
     same = (by_weight == leaves[0].grad) | (by_weight - leaves[0].grad).abs().lt(1e-5)
     assert same.float().mean() > 0.999  # a value on the very edge of its range may fall on either side
@@ -137,7 +142,7 @@ def test_both_stages_beat_one_and_resume(model: Path, tmp_path: Path) -> None:
     assert all(torch.equal(ours.read(name), theirs.read(name)) for name in theirs.tensors)
 
 
-@pytest.mark.parametrize("options", ["steps=0", "batch=0", "rate=2"])
+@pytest.mark.parametrize("options", ["steps=0", "batch=0", "rate=2", "amplitude=0.3"])
 def test_options_that_teach_nothing_are_refused(options: str, model: Path, tmp_path: Path) -> None:
     with pytest.raises(Refused, match=options.partition("=")[0]):
         mill.quantize(str(model), f"efficientqat({options}) : int4-g32 > bitmill", tmp_path / "out")
@@ -146,3 +151,18 @@ def test_options_that_teach_nothing_are_refused(options: str, model: Path, tmp_p
 def test_points_have_no_steps_to_train_by(model: Path, tmp_path: Path) -> None:
     with pytest.raises(Refused, match="use gptq"):
         mill.quantize(str(model), "efficientqat : e8p > bitmill", tmp_path / "out", calib=tokens())
+
+
+@pytest.mark.parametrize("grid", ["int2-g32-asym", "int3-g64-sym"])
+def test_a_wave_for_a_derivative_learns_too(grid: str) -> None:
+    w, moments = _weight(), _gram()
+    assert moments.gram is not None
+    found = []
+    for amplitude in (0.0, 0.21):
+        solver = EfficientQat(steps=60, amplitude=amplitude)
+        [solution] = solver.solve([Problem("w", "q", w, moments)], [registry.parse_grid(grid)])
+        error = solution.quantized.dense() - w
+        found.append(float(((error @ moments.gram) * error).sum()))
+        [note] = [note for note in solution.notes if note.kind == "learned"]
+        assert note.value is not None and note.value < 0.8
+    assert found[0] != found[1] and found[1] < 1.5 * found[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from bitmill.calibrate.stream import Stream
 from bitmill.calibrate.tokens import Calibration
 from bitmill.core.errors import BadRecipe, Interrupted, Refused, Unsolvable
 from bitmill.core.rotating import RotationTask
+from bitmill.core.schooling import Schooling
 from bitmill.held_out import held_out
 from bitmill.numerics import cayley
 from bitmill.planning import plan
@@ -78,8 +80,7 @@ def task_of(steps: list[int], state: dict[str, Any]) -> RotationTask:
     def judge(now: Any) -> float:
         return sum(float((now[n] - goal[n]).square().sum()) for n in goal)
 
-    return RotationTask(
-        {"residual": 12, "value.0": 4},
+    school = Schooling(
         4,
         lesson,
         judge,
@@ -89,6 +90,7 @@ def task_of(steps: list[int], state: dict[str, Any]) -> RotationTask:
         lambda step, now, record: state.update(step=step, state=now, record=json.loads(json.dumps(record))),
         lambda step, text: None,
     )
+    return RotationTask({"residual": 12, "value.0": 4}, school)
 
 
 def test_it_learns_keeps_and_goes_on() -> None:
@@ -103,14 +105,18 @@ def test_it_learns_keeps_and_goes_on() -> None:
 
 def test_what_is_no_better_is_not_kept() -> None:
     def worse(now: Any, windows: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
-        loss, gradients = good.lesson(now, windows)
+        loss, gradients = good.schooling.lesson(now, windows)
         return loss, {name: -value for name, value in gradients.items()}
 
     good = task_of([], {})
-    bad = RotationTask(**{**vars(good), "lesson": worse})
+    bad = RotationTask(good.widths, replace(good.schooling, lesson=worse))
     found = SpinQuant(steps=3, rate=0.2).learn(bad)
     assert found.facts["kept"] and found.facts["last"] >= found.facts["first"]
-    hopeless = RotationTask(**{**vars(good), "lesson": lambda now, _: (float("nan"), good.lesson(now, _)[1])})
+
+    def no_number(now: Any, windows: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
+        return float("nan"), dict(good.schooling.lesson(now, windows)[1])
+
+    hopeless = RotationTask(good.widths, replace(good.schooling, lesson=no_number))
     with pytest.raises(Unsolvable, match="loss is nan"):
         SpinQuant(steps=3).learn(hopeless)
 

@@ -17,10 +17,12 @@ from bitmill.core import registry
 from bitmill.core.axes import Checkpoint
 from bitmill.core.errors import BadRecipe, Interrupted, Refused, Unsolvable
 from bitmill.core.learning import ModelTask
+from bitmill.core.schooling import Schooling
 from bitmill.distilled import Distilled
 from bitmill.grids.dense import Dense
 from bitmill.held_out import HeldOut, held_out
 from bitmill.journal import Workspace
+from bitmill.numerics.distilling import windows_of
 from bitmill.numerics.moving import all_linear, moving, slopes
 from bitmill.planning import plan
 from bitmill.recipe import parse
@@ -123,7 +125,7 @@ def test_derivatives_through_the_model_are_autograds(family: str, tmp_path: Path
     """Against transformers' own model, with an integer grid written out."""
     model, ids = make_model(tmp_path / "model", family), tokens(3, 24)
     walk = _walked(model, tmp_path / "out", "nearest + tune : int3-g32-asym > bitmill", ids)
-    ours = Distilled(walk, True)
+    ours = Distilled(walk, Tune(), range(3))
     start, units = ours.start()
     original = tuning.Stream(walk.source).head()
     loss, found = ours.lesson(ids, ours.wanted(ids), original, start)
@@ -135,9 +137,9 @@ def test_derivatives_through_the_model_are_autograds(family: str, tmp_path: Path
     for name, weight in ours.weights.items():
         scale, zero = (
             t.repeat_interleave(32, 1)
-            for t in (leaves[f"{name}:scale"], weight.quantized.params["zero"].float())
+            for t in (leaves[f"{name}:scale"], weight.placed.params["zero"].float())
         )
-        named[name] = scale * (weight.quantized.codes.float() - zero)
+        named[name] = scale * (weight.placed.codes.float() - zero)
     half = ids.shape[1] // 2
     with torch.no_grad():
         theirs = torch.log_softmax(teacher(ids).logits[:, half:], -1)
@@ -293,7 +295,8 @@ def _task(judged: list[float], losses: list[float], kept: list[Any]) -> ModelTas
     def keep(*what: Any) -> None:
         kept.append(what)
 
-    return ModelTask(start, start, 8, lesson, lambda _: next(judges), 0, {}, {}, keep, lambda *_: None)
+    school = Schooling(8, lesson, lambda _: next(judges), 0, {}, {}, keep, lambda *_: None)
+    return ModelTask(start, start, school)
 
 
 def test_the_best_step_is_kept() -> None:
@@ -316,11 +319,10 @@ def test_a_divergence_that_runs_away_stops_at_the_best() -> None:
 
 
 def test_windows_come_once_before_any_comes_again() -> None:
-    one = Tune(batch=3)
-    seen = torch.cat([one._windows(10, step) for step in range(3)])
+    seen = torch.cat([windows_of(10, 3, step, seed=0) for step in range(3)])
     assert len(seen.unique()) == 9
-    assert not torch.equal(one._windows(10, 0), one._windows(10, 3))
-    assert len(Tune(batch=8)._windows(2, 5)) == 2
+    assert not torch.equal(windows_of(10, 3, 0, seed=0), windows_of(10, 3, 3, seed=0))
+    assert len(windows_of(2, 8, 5, seed=0)) == 2
 
 
 def _mixture(kinds: Mapping[str, int]) -> Calibration:

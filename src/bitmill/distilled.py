@@ -1,4 +1,4 @@
-"""A quantized model as a function of what is stored beside its codes, with derivatives.
+"""A quantized model as a function of what moves in it, with derivatives.
 
 It goes block by block in both directions: each block's input is kept on the way up, and on the way down the
 block is computed once more with derivatives. Codes, leaves and one dense block are in memory, never a model.
@@ -8,7 +8,7 @@ Of the original, which runs once, the hidden states behind its last block stay.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -19,46 +19,16 @@ from bitmill.calibrate.head import Head, divergence
 from bitmill.calibrate.stream import Block, Stream
 from bitmill.core.axes import inputs_of
 from bitmill.core.errors import Unsolvable
-from bitmill.core.types import Quantized, Row
-from bitmill.numerics.moving import all_linear, moving, slopes
+from bitmill.core.learning import ModelSolver
+from bitmill.core.types import Row
+from bitmill.moved import SLOW, Leaves, Moved, MovedNorm, MovedScales, MovedWeight
+from bitmill.numerics.moving import all_linear, moving
 from bitmill.numerics.portions import Portions
 from bitmill.relabel import relabelled
 from bitmill.tuning_plan import MICRO_TOKENS
 from bitmill.walk import Walk
 
-Leaves = Mapping[str, Tensor]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, eq=False)
-class _Weight:
-    """A weight whose scales move.
-
-    Attributes:
-        row: of the plan.
-        quantized: as the walk left it.
-        names: of the scales that move; their leaves are called ``NAME:scale``.
-        linear: whether values are linear in all of them together.
-    """
-
-    row: Row
-    quantized: Quantized
-    names: tuple[str, ...]
-    linear: bool
-
-    def at(self, leaves: Leaves) -> Quantized:
-        """With the scales of ``leaves``."""
-        scales = {name: leaves[f"{self.row.name}:{name}"] for name in self.names}
-        return replace(self.quantized, params={**self.quantized.params, **scales})
-
-
-@dataclass(frozen=True, eq=False)
-class _Norm:
-    """The weight of a norm that moves."""
-
-    row: Row
-    start: Tensor
-    unit: Tensor
 
 
 class Distilled:
@@ -66,49 +36,43 @@ class Distilled:
 
     Args:
         walk: that has written it.
-        norms: whether weights of norms are leaves, too.
+        solver: that learns.
+        blocks: of them, those that move; the rest stays, codes and scales.
 
     Attributes:
+        weights: those that are kept as codes, by name.
+        norms: those that move, by the name of their weight.
         portions: tokens inside a block at once.
     """
 
-    def __init__(self, walk: Walk, norms: bool) -> None:
-        self._walk, self._device = walk, torch.device(walk.device)
+    def __init__(self, walk: Walk, solver: ModelSolver, blocks: range) -> None:
+        self._walk, self._device, self._solver = walk, torch.device(walk.device), solver
         self.portions = Portions(MICRO_TOKENS, "tokens")
         self._written = walk.container.open(walk.space.payload)
-        rows = {row.name: row for row in walk.plan.rows}
-        self.weights = {name: w for name, row in rows.items() if (w := self._weight(row)) is not None}
+        rows = self._rows = {row.name: row for row in walk.plan.rows}
+        kept = {n: w for n, row in rows.items() if (w := self._weight(row, row.layer in blocks)) is not None}
+        self.weights: Mapping[str, Moved] = kept
         self.stream = Stream(self._written, walk.device, read=self._read)
         self.head: Head = self.stream.head()
-        self.norms = {n: self._norm(row) for n, row in rows.items() if norms and self._moves(row)}
+        last = len(blocks) > 0 and blocks[-1] + 1 == self.stream.layers
+        moves = {
+            n: row.layer in blocks if row.layer is not None else last
+            for n, row in rows.items()
+            if solver.norms and self._is_norm(row)
+        }
+        self.norms = {n: self._norm(rows[n]) for n, moving in moves.items() if moving}
+        self._all: Mapping[str, Moved] = {**self.weights, **self.norms}
         self._blocks = list(self.stream.blocks())
-        self._inside = [
-            [n for n in (*self.weights, *self.norms) if n.startswith(block.prefix)] for block in self._blocks
-        ]
+        self._inside = [[n for n in self._all if n.startswith(block.prefix)] for block in self._blocks]
 
     def start(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The leaves as they are, and how far a relative change of 1 takes them."""
-        scales = {
-            f"{w.row.name}:{name}": w.quantized.params[name].float()
-            for w in self.weights.values()
-            for name in w.names
-        }
-        norms = {n: norm.start for n, norm in self.norms.items()}
-        units = {name: scale.abs() for name, scale in scales.items()}
-        return {**scales, **norms}, {**units, **{n: norm.unit for n, norm in self.norms.items()}}
+        found = [(one.start(), one.units()) for one in self._all.values()]
+        return {n: v for s, _ in found for n, v in s.items()}, {n: v for _, u in found for n, v in u.items()}
 
-    def stored(self, leaves: Leaves, start: Leaves) -> dict[str, Tensor]:
+    def stored(self, leaves: Leaves) -> dict[str, Tensor]:
         """The nearest leaves that the file can hold; one that has not moved stays what it is."""
-        made = {}
-        for weight in self.weights.values():
-            for name in weight.names:
-                key = f"{weight.row.name}:{name}"
-                near = weight.quantized.grid.stored_scale(name, leaves[key])
-                made[key] = torch.where(leaves[key] == start[key], start[key], near)
-        for name, norm in self.norms.items():
-            near = norm.row.grid.round(leaves[name]).dense()
-            made[name] = torch.where(leaves[name] == start[name], start[name], near)
-        return made
+        return {name: near for one in self._all.values() for name, near in one.near(leaves).items()}
 
     def wanted(self, tokens: Tensor) -> Tensor:
         """The original's hidden states behind its last block, of the second half of each window."""
@@ -155,13 +119,16 @@ class Distilled:
         """Over what the walk has written."""
         told = inputs_of(self._written)
         for name, weight in self.weights.items():
-            moved = weight.at(leaves)
-            params = {k: v.to(weight.quantized.params[k].dtype).cpu() for k, v in moved.params.items()}
-            fixed = told[name].fixed if weight.row.inputs is not None and name in told else {}
-            codes = weight.quantized.codes.cpu()
-            self._walk.placing.rewrite(weight.row, replace(moved, codes=codes, params=params, inputs=fixed))
+            if not weight.moves:
+                continue
+            moved, row = weight.quantized(leaves), self._rows[name]
+            own = weight.placed.params if isinstance(weight, MovedScales) else moved.params
+            params = {k: v.to(own[k].dtype).cpu() for k, v in moved.params.items()}
+            fixed = told[name].fixed if row.inputs is not None and name in told else {}
+            codes = moved.codes.cpu()
+            self._walk.placing.rewrite(row, replace(moved, codes=codes, params=params, inputs=fixed))
         for name, norm in self.norms.items():
-            self._walk.placing.write(norm.row, norm.row.grid.round(leaves[name].cpu()))
+            self._walk.placing.write(norm.row, norm.quantized({name: leaves[name].cpu()}))
 
     def _through(self, work: Callable[[int], T], tokens: Tensor) -> T:
         return self.portions.through(work, tokens.numel(), tokens.shape[1])
@@ -172,7 +139,7 @@ class Distilled:
             for block, names in zip(self._blocks, self._inside, strict=True):
                 if inputs is not None:
                     inputs.append(hidden)
-                values = {_path(block, n): v for n, v in self._values(names, leaves).items()}
+                values = {_path(block, n): self._all[n].value(leaves) for n in names}
                 hidden = torch.cat([block.outputs(values, part) for part in _parts(hidden, size)])
         return hidden
 
@@ -206,37 +173,30 @@ class Distilled:
         size: int,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Derivatives by a block's input, and by its leaves."""
-        values = {name: value.requires_grad_() for name, value in self._values(names, leaves).items()}
+        values = {name: self._all[name].value(leaves) for name in names}
+        moving = {name: v.requires_grad_() for name, v in values.items() if self._all[name].moves}
         paths = {_path(block, name): value for name, value in values.items()}
-        sums = {name: torch.zeros_like(value) for name, value in values.items()}
+        sums = {name: torch.zeros_like(value) for name, value in moving.items()}
         before = []
         for x, pull in zip(_parts(inputs, size), _parts(gradient, size), strict=True):
             x = x.detach().requires_grad_()
             with torch.enable_grad():
                 out = block.outputs(paths, x)
-            found = torch.autograd.grad(out, [x, *values.values()], pull, allow_unused=True)
+            found = torch.autograd.grad(out, [x, *moving.values()], pull, allow_unused=True)
             before.append(torch.zeros_like(x) if found[0] is None else found[0])
-            for name, part in zip(values, found[1:], strict=True):
+            for name, part in zip(moving, found[1:], strict=True):
                 if part is not None:
                     sums[name] += part
         made: dict[str, Tensor] = {}
         for name, total in sums.items():
-            if name in self.norms:
-                made[name] = total * self.norms[name].unit
-                continue
-            weight = self.weights[name]
-            by = slopes(weight.at(leaves), weight.names, weight.linear, values[name].detach(), total)
-            made.update({f"{name}:{scale}": slope for scale, slope in by.items()})
+            made |= self._all[name].slopes(leaves, values[name].detach(), total)
         return torch.cat(before), made
 
-    def _values(self, names: Sequence[str], leaves: Leaves) -> dict[str, Tensor]:
-        return {
-            n: leaves[n].clone() if n in self.norms else self.weights[n].at(leaves).dense() for n in names
-        }
-
-    def _weight(self, row: Row) -> _Weight | None:
-        names = moving(row.grid) if row.solved and row.layer is not None else ()
-        stored = self._written.stored(row.name) if names else None
+    def _weight(self, row: Row, moves: bool) -> Moved | None:
+        """A weight that is kept as codes, or moves; None for one that the model has as it is."""
+        if not (row.solved and row.layer is not None) or self._solver.refuses(row.grid) is not None:
+            return None
+        stored = self._written.stored(row.name)
         if stored is None:
             return None
         same = relabelled(stored, row.grid)
@@ -248,21 +208,25 @@ class Distilled:
             )
         params = {k: v.to(self._device) for k, v in same.params.items()}
         on = replace(same, codes=same.codes.to(self._device), params=params)
-        return _Weight(row, on, names, all_linear(on, names))
+        if moves and self._solver.weights:
+            return MovedWeight.of(row, on, self._walk.read(row.name).float().to(self._device))
+        names = moving(row.grid) if moves else ()
+        return MovedScales(row, on, names, bool(names) and all_linear(on, names))
 
-    def _moves(self, row: Row) -> bool:
+    def _is_norm(self, row: Row) -> bool:
         """Whether a row is the weight of a norm inside a block, or the one behind them."""
         inside = row.layer is not None and "norm" in row.name.rsplit(".", 2)[-2] and len(row.shape) == 1
         return row.name.endswith(".weight") and (inside or row.name == self.head.norm_name)
 
-    def _norm(self, row: Row) -> _Norm:
+    def _norm(self, row: Row) -> MovedNorm:
         start = self._written.read(row.name).float().to(self._device)
-        return _Norm(row, start, (start + self._walk.plan.family.norm_offset).abs())
+        unit = (start + self._walk.plan.family.norm_offset).abs()
+        return MovedNorm(row, start, unit * SLOW if self._solver.weights else unit)
 
     def _read(self, name: str) -> Tensor:
-        """A tensor of the written model; of one that moves, its shape alone."""
+        """A tensor of the written model; of one that is kept as codes, or moves, its shape alone."""
         if name in self.weights:
-            return torch.zeros(1, device=self._device).expand(self.weights[name].row.shape)
+            return torch.zeros(1, device=self._device).expand(self._rows[name].shape)
         return self._written.read(name)
 
 

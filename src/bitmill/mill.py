@@ -14,7 +14,7 @@ from torch import Tensor
 from bitmill.account import Report
 from bitmill.calibrate.importance import moments_from
 from bitmill.calibrate.moments import load_moments, save_moments
-from bitmill.calibrate.tokens import Calibration, calibration_tokens
+from bitmill.calibrate.tokens import OWN, Calibration, calibration_tokens
 from bitmill.calibrate.windows import tokens_sha256
 from bitmill.checkpoint.imatrix import read_imatrices
 from bitmill.core.axes import CalibratedSolver, Checkpoint
@@ -190,8 +190,14 @@ class Told:
             return known, calibration
         if drawn is None:
             windows = {"nsamples": self.nsamples, "seqlen": self.seqlen, "seed": self.seed}
-            drawn = calibration_tokens(source, self.calib, **windows, chat=self.chat, progress=tell)
+            calib = [OWN] if self.own_text(made) else self.calib
+            drawn = calibration_tokens(source, calib, **windows, chat=self.chat, progress=tell)
         return known, drawn
+
+    def own_text(self, made: Plan) -> bool:
+        """Whether no text is named, and the plan's recipe takes what the model itself writes."""
+        tune = made.recipe.make_tune()
+        return self.calib is None and tune is not None and tune.own_text
 
 
 def importance(

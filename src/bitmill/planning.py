@@ -45,7 +45,7 @@ from bitmill.forecast import cost, kept_bytes, refuse_folder
 from bitmill.inputs import input_remarks, with_inputs
 from bitmill.recipe import Recipe
 from bitmill.trust.planned import loader_remarks
-from bitmill.tuning_plan import tuned
+from bitmill.tuning_plan import settled, tuned
 
 BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 MATRIX = 2
@@ -258,7 +258,8 @@ def plan(
     solver = recipe.make_solver()
     transforms = recipe.make_transforms()
     needs = max((solver.needs, *(t.needs for t in transforms)), key=["nothing", "diagonal", "gram"].index)
-    if calibrated and needs == "nothing":
+    tune = recipe.make_tune()
+    if calibrated and needs == "nothing" and not (tune is not None and tune.weights):
         needs = "diagonal"
     dtype = recipe.dtype or (recipe.grid if recipe.grid in BYTES else source_dtype(checkpoint))
     remarks = transform_remarks(recipe, family, checkpoint)
@@ -282,6 +283,8 @@ def plan(
         remarks += unheard(checkpoint.config, architecture_of_model(checkpoint.config))
     _refuse_rows(recipe, rows, container, solver, strict)
     remarks += expert_remarks(recipe, rows, family, solver, checkpoint, needs, nsamples * seqlen)
+    recipe, said = settled(recipe, rows, checkpoint.config, nsamples, seqlen)
+    remarks += said
     provenance = {"recipe": str(recipe), "source": checkpoint.digest, "version": version("bitmill")}
     files = container.files(rows, checkpoint, provenance)
     remarks += loader_remarks(files, strict)
@@ -289,7 +292,6 @@ def plan(
         raise Refused("this output is a folder", where=str(out), fix=f"-o {out.with_suffix('')}")
     said, learning = learning_of(recipe, rows, checkpoint, nsamples, seqlen)
     remarks += said
-    tune = recipe.make_tune()
     calibration = (nsamples, seqlen) if needs != "nothing" or tune or learning[0] else (0, 0)
     fitted = any(transform.needs != "nothing" for transform in transforms)
     taken = cost(rows, checkpoint.config, solver, needs, *calibration, fitted)

@@ -129,10 +129,10 @@ class Recipe:
             raise BadRecipe("only GGUF outputs are split", where=self.container.replace("_", "-"))
         if self.container != "gguf" and self.pre_tokenizer is not None:
             raise BadRecipe("only GGUF names a pre-tokenizer", where=self.container.replace("_", "-"))
-        if self.cache is not None and self.tune is not None:
+        if self.cache is not None and self.tune is not None and parse_cache(self.cache).static:
             raise BadRecipe(
                 f"{self.tune} moves keys and values after the scales of cache={self.cache} are fixed",
-                fix="one of the two",
+                fix="one of the two, or cache=int8-token, whose scales come with each key and value",
             )
 
     def __str__(self) -> str:

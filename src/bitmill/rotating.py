@@ -22,6 +22,7 @@ from bitmill.calibrate.head import divergence
 from bitmill.calibrate.stream import Block, Stream
 from bitmill.core.axes import LinearMap
 from bitmill.core.rotating import LearnedTransform, RotationTask
+from bitmill.core.schooling import Schooling
 from bitmill.core.types import Inputs, Note, Row
 from bitmill.folding import FixedFold, places
 from bitmill.folding_plan import KEPT_BYTES
@@ -92,8 +93,7 @@ class Rotating:
         def keep(step: int, state: Rotations, record: Mapping[str, Any]) -> None:
             self.space.finish_unit(f"{UNIT} {step}", {"step": step, "record": record}, _cpu(state))
 
-        task = RotationTask(
-            widths,
+        school = Schooling(
             len(held.taught),
             model.lesson,
             model.judge,
@@ -103,8 +103,8 @@ class Rotating:
             keep,
             lambda step, text: self.tell("rotate", step, self.transform.passes, text),
         )
-        self.tell("rotate", task.step, self.transform.passes, "")
-        found = self.transform.learn(task)
+        self.tell("rotate", school.step, self.transform.passes, "")
+        found = self.transform.learn(RotationTask(widths, school))
         call = self._call()
         short = [vars(note) for note in model.portions.notes(call)]
         told = {"name": call, "judge": held.facts, "seconds": time.monotonic() - began, "memory": short}

@@ -82,13 +82,14 @@ def quantize_many(
     for path, made in zip(paths, plans, strict=True):
         refuse_existing(path, made, force)
     reports: list[Report] = []
-    drawn: Calibration | None = None
+    drawn: dict[bool, Calibration] = {}
     for at, (made, out) in enumerate(zip(plans, paths, strict=True)):
         started = time.monotonic()
         tell("output", at, len(paths), str(out))
-        known, calibration = told.known(made, source, tell, drawn)
+        own = told.own_text(made)
+        known, calibration = told.known(made, source, tell, drawn.get(own))
         if calibration.tokens.numel():
-            drawn = calibration
+            drawn[own] = calibration
         space = Workspace(out, made.files, not made.files[0].path, boundary)
         first = next((i for i in range(at) if solved_alike(plans[i], made)), None)
         job: Job

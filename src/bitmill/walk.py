@@ -132,9 +132,9 @@ class Walk:
 
     def _stream(self) -> Stream:
         shown = (parse_experts(self.plan.recipe.experts or "route"), self.calibration.tokens.numel())
-        return Stream(self.source, self.device, read=self._read, inputs={}, experts=shown)
+        return Stream(self.source, self.device, read=self.read, inputs={}, experts=shown)
 
-    def _read(self, name: str) -> Tensor:
+    def read(self, name: str) -> Tensor:
         """A dense tensor of the source after the fixed maps; refuses non-finite weights."""
         raw = self.source.read(self.fold.source_name(name))
         if not all_finite(raw):
@@ -165,7 +165,7 @@ class Walk:
         for a in range(0, row.shape[0], step):
             part = raw[a : a + step]
             if not all_finite(part):
-                self._read(row.name)  # raises with the count
+                self.read(row.name)  # raises with the count
             part = self.fold.apply(row.name, part, self.source.read)
             quantized = row.grid.round(part.float(), importance)
             piece = replace(row, shape=(part.shape[0], *row.shape[1:]))
@@ -179,7 +179,7 @@ class Walk:
             for row in rows:
                 self._solve_alone(row)
             return None
-        tensors = {row.name: self._read(row.name).float() for row in rows}
+        tensors = {row.name: self.read(row.name).float() for row in rows}
         if stream is None or hidden is None:
             self._solve_known(index, rows, tensors)
             return None
@@ -204,7 +204,7 @@ class Walk:
         return staged_bytes(self.source.config, tokens) * (1 + self._cross) <= STAGED_BYTES
 
     def _solve_alone(self, row: Row) -> None:
-        weight = self._read(row.name)
+        weight = self.read(row.name)
         if not row.solved:
             self.placing.write(row, row.grid.round(weight.float()))
             return

@@ -96,7 +96,7 @@ def load_texts(sources: Sequence[str]) -> tuple[Text, ...]:
 
 def load_text(source: str) -> Text:
     """One source, by the rules of :func:`load_texts`."""
-    name, weight = _weighed(source)
+    name, weight = weighed(source)
     path = Path(name).expanduser()
     if name == "-":
         text = Text("text", "standard input", (_decoded(sys.stdin.buffer.read(), "standard input"),))
@@ -117,7 +117,8 @@ def load_text(source: str) -> Text:
     return replace(text, weight=weight)
 
 
-def _weighed(source: str) -> tuple[str, float]:
+def weighed(source: str) -> tuple[str, float]:
+    """A source's name and what it weighs: the number behind ``=``, or 1."""
     name, sign, number = source.rpartition("=")
     try:
         weight = float(number) if sign else 1.0

@@ -49,6 +49,7 @@ def sample_text(
     *,
     tokens: int = TOKENS,
     seed: int = 0,
+    sure: int = 0,
     device: str = "cpu",
     cache: Path | None = None,
     progress: Progress | None = None,
@@ -56,23 +57,31 @@ def sample_text(
     """About ``tokens`` tokens of the model's own text, in documents of 256; the same for the same arguments.
 
     Args:
+        sure: so many tokens behind the first are the most likely ones, as LLM-QAT has it: texts begin less
+            wildly, and stay as varied.
         cache: folder where texts are kept by model; the user's cache folder unless given.
         progress: called as ``progress("sample", done, total, text)``.
 
     Raises:
         Refused: the model does not fit in memory, or would take hours on this device.
     """
-    key = hashlib.sha256(f"{VERSION}:{checkpoint.digest}:{tokens}:{seed}".encode()).hexdigest()[:32]
+    key = hashlib.sha256(_key(checkpoint, tokens, seed, sure).encode()).hexdigest()[:32]
     file = (cache or _cache_folder()) / f"{key}.json"
     documents = _remembered(file)
     if documents is None:
         _refuse_too_large(checkpoint, tokens, device)
-        documents = _sampled(checkpoint, tokens, seed, device, progress or (lambda *_: None))
+        documents = _sampled(checkpoint, tokens, seed, sure, device, progress or (lambda *_: None))
         _remember(file, documents)
     return Text("sampled", f"the model itself, seed {seed}", documents, licence="the model's")
 
 
-def _sampled(checkpoint: Checkpoint, tokens: int, seed: int, device: str, tell: Progress) -> tuple[str, ...]:
+def _key(checkpoint: Checkpoint, tokens: int, seed: int, sure: int) -> str:
+    return f"{VERSION}:{checkpoint.digest}:{tokens}:{seed}" + (f":{sure}" if sure else "")
+
+
+def _sampled(
+    checkpoint: Checkpoint, tokens: int, seed: int, sure: int, device: str, tell: Progress
+) -> tuple[str, ...]:
     tokenizer = tokenizer_of(checkpoint)
     small = device == "cpu" and parameters(checkpoint) < _SMALL
     model = load_model(checkpoint, torch.float32 if small else torch.bfloat16)
@@ -89,7 +98,7 @@ def _sampled(checkpoint: Checkpoint, tokens: int, seed: int, device: str, tell: 
     for group in prompts:
         for batch in group.split(BATCH) if len(group) else ():
             done = partial(_progress, tell, len(documents) * DOCUMENT, total)
-            ids = _continued(model, batch, len(tokenizer), generator, done)
+            ids = _continued(model, batch, len(tokenizer), generator, sure, done)
             documents += tokenizer.batch_decode(ids, skip_special_tokens=False)
     tell("sample", total, total, f"{count} documents")
     return tuple(documents)
@@ -132,6 +141,7 @@ def _continued(
     prompt: Tensor,
     vocabulary: int,
     generator: torch.Generator,
+    sure: int,
     tell: Callable[[int], None],
 ) -> Tensor:
     """``prompt`` (``n t``) continued to 256 tokens at temperature 1; ends of text are followed by new
@@ -143,7 +153,9 @@ def _continued(
     with torch.inference_mode():
         while ids.shape[1] < DOCUMENT:
             logits = model(step.to(device), past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-            step = _drawn(logits[:, -1, :vocabulary].float().cpu(), generator)
+            said = logits[:, -1, :vocabulary].float().cpu()
+            likely = ids.shape[1] < prompt.shape[1] + sure
+            step = said.argmax(-1, keepdim=True) if likely else _drawn(said, generator)
             ids = torch.cat([ids, step], 1)
             tell(ids.numel())
     return ids

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bitmill.calibrate.corpus import Text, default_calibration, load_texts
+from bitmill.calibrate.corpus import Text, default_calibration, load_text, load_texts, weighed
 from bitmill.calibrate.sample import sample_text
 from bitmill.calibrate.windows import tokenizer_of, windows
 from bitmill.core.axes import Checkpoint
 from bitmill.core.errors import Refused
 from bitmill.core.types import Note
 
+OWN = "self"
+"""Names, among texts, what the model itself writes."""
+
+SURE = 4  # of those texts, tokens that are the most likely ones before others are drawn
 _MATRIX = 2
 
 
@@ -46,7 +50,8 @@ def calibration_tokens(
     """Windows of token ids for ``source``.
 
     Args:
-        calib: texts by name or path, token ids as they are, or None for the default mixture.
+        calib: texts by name or path (``self`` is what the model writes), token ids as they are, or None for
+            the default mixture.
 
     Raises:
         Refused: no text, or less than a window of it.
@@ -58,9 +63,28 @@ def calibration_tokens(
         sampled, notes = _own_words(source, nsamples * seqlen // 2, seed, progress)
         texts = default_calibration(sampled)
     else:
-        texts = load_texts([calib] if isinstance(calib, str) else list(calib))
+        named = [calib] if isinstance(calib, str) else list(calib)
+        texts = _named(source, named, nsamples * seqlen, seed, progress)
     drawn = windows(tokenizer_of(source), texts, seqlen, nsamples, seed=seed, chat=chat)
     return Calibration(drawn.tokens, drawn.facts, (*notes, *drawn.notes))
+
+
+def _named(
+    source: Checkpoint,
+    calib: Sequence[str],
+    tokens: int,
+    seed: int,
+    progress: Callable[[str, int, int, str], None],
+) -> tuple[Text, ...]:
+    """Texts by name; what the model writes itself is written now, or was before."""
+    if all(weighed(name)[0] != OWN for name in calib):
+        return load_texts(calib)
+    own = sample_text(source, tokens=tokens, seed=seed, sure=SURE, progress=progress)
+    found = []
+    for name in calib:
+        plain, weight = weighed(name)
+        found.append(replace(own, weight=weight) if plain == OWN else load_text(name))
+    return tuple(found)
 
 
 def _given(tokens: Tensor) -> Calibration:

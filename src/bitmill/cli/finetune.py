@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitmill.cli import say
 from bitmill.cli import training as options
 from bitmill.cli.options import Device, DryRun, Force, Json, Model, Resume, Revision
 from bitmill.cli.progress import Teller
-from bitmill.core.errors import Refused
 
 if TYPE_CHECKING:
     from bitmill.account import Report
@@ -56,40 +56,21 @@ def finetune(
     from bitmill.training.settings import Settings
 
     started = time.monotonic()
-    if data is None:
-        raise Refused("no examples are named", fix="--data FILE.jsonl, or FILE.txt")
-    if out is None and not dry_run:
-        raise Refused("no output is named", fix="add -o, for example: -o my-adapter")
+    ways = ("examples are", "--data FILE.jsonl, or FILE.txt")
+    data = options.named(data, out, dry_run, ways, "my-adapter")
     told = Settings(steps, lr, batch, context, seed, optimizer, keep, micro_tokens)
     source = open_source(model, revision=revision)
     lora: dict[str, Any] = {"rank": rank, "alpha": alpha, "base_grid": base_grid, "held_out": held_out}
     made = plan_adapter(source, data, told, name=model, **lora, device=device, out=out)
-    if dry_run or out is None:
-        say.emit({**made.to_json(), "data": dict(made.lessons.facts)}) if json else _say(made.headline)
-        return
-    say.note("\n".join(made.headline))
-    with Teller() as teller:
-        report = carry_out_plan(made, out, started, force, resume, teller)
-    say.emit(report.to_json()) if json else _account(report)
 
+    def learn(out: Path, teller: Teller) -> Report:
+        return carry_out_plan(made, out, started, force, resume, teller)
 
-def _say(lines: tuple[str, ...]) -> None:
-    for line in lines:
-        say.result(line)
+    options.carried_out(made, out, dry_run, json, learn, _account)
 
 
 def _account(report: Report) -> None:
-    facts = report.tuning
-    say.result(say.table(
-        ["step", "loss", "held out"],
-        [[step, "" if not step else f"{loss:.4f}", f"{held:.4f}"] for step, loss, held in facts["trace"]],
-        right=(0, 1, 2),
-    ))  # fmt: skip
-    say.result("loss in nats an answer token: of the examples of those steps, and of those that do not teach")
-    for note in report.notes:
-        say.note(f"note: {note.text}")
+    unit = "loss in nats an answer token: of the examples of those steps, and of those that do not teach"
+    facts = options.traced(report, unit)
     held = {step: loss for step, _, loss in facts["trace"]}[facts["written_step"]]
-    say.result(
-        f"{report.path}: {report.bytes_:,} bytes in {say.duration(report.seconds)}; held out "
-        f"{facts['first']:.4f} -> {held:.4f}"
-    )
+    say.result(f"{options.ending(report)}; held out {facts['first']:.4f} -> {held:.4f}")

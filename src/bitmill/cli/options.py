@@ -54,8 +54,9 @@ Calib = Annotated[
     list[str] | None,
     typer.Option(
         "--calib", "--dataset", "-f",
-        help="Calibration text: a .txt, .jsonl or .parquet file, or a data set's name; may be repeated, and "
-        "weighted (chat.jsonl=2). Without it, a mixture made of text that is already on this machine.",
+        help="Calibration text: a .txt, .jsonl or .parquet file, a data set's name, or self, what the model "
+        "itself writes; may be repeated, and weighted (chat.jsonl=2). Without it, a mixture made of text "
+        "that is already on this machine.",
         show_default=False,
     ),
 ]  # fmt: skip

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitmill.cli import say
 from bitmill.cli import training as options
 from bitmill.cli.options import Device, DryRun, Force, Json, Model, Out, Resume, Revision
 from bitmill.cli.progress import Teller
-from bitmill.core.errors import Refused
 
 if TYPE_CHECKING:
     from bitmill.account import Report
@@ -54,31 +54,19 @@ def train_ternary(
     from bitmill.training.settings import Settings
 
     started = time.monotonic()
-    if data is None:
-        raise Refused("no text is named", fix="--data FILE.txt")
-    if out is None and not dry_run:
-        raise Refused("no output is named", fix="add -o, for example: -o my-ternary")
+    data = options.named(data, out, dry_run, ("text is", "--data FILE.txt"), "my-ternary")
     told = Settings(steps, lr, batch, context, seed, optimizer, keep, micro_tokens, 1.0, True)
     source = open_source(model, revision=revision)
     asked: dict[str, Any] = {"recipe": recipe, "scratch": scratch, "shape": shape, "held_out": held_out}
     made = plan_ternary(source, data, told, **asked, device=device, out=out)
-    if dry_run or out is None:
-        if json:
-            say.emit({**made.to_json(), "data": dict(made.lessons.facts)})
-        else:
-            say.result("\n".join(made.headline))
-        return
-    say.note("\n".join(made.headline))
-    with Teller() as teller:
-        report = carry_out_plan(made, out, started, force, resume, teller)
-    say.emit(report.to_json()) if json else _account(report)
+
+    def learn(out: Path, teller: Teller) -> Report:
+        return carry_out_plan(made, out, started, force, resume, teller)
+
+    options.carried_out(made, out, dry_run, json, learn, _account)
 
 
 def _account(report: Report) -> None:
-    facts = report.tuning
-    rows = [[step, "" if not step else f"{loss:.4f}", f"{held:.4f}"] for step, loss, held in facts["trace"]]
-    say.result(say.table(["step", "loss", "held out"], rows, right=(0, 1, 2)))
-    say.result(f"loss in nats a token; {facts['zeros']:.0%} of the ternary weights are 0")
-    for note in report.notes:
-        say.note(f"note: {note.text}")
-    say.result(f"{report.path}: {report.bytes_:,} bytes in {say.duration(report.seconds)}")
+    zeros = report.tuning["zeros"]
+    options.traced(report, f"loss in nats a token; {zeros:.0%} of the ternary weights are 0")
+    say.result(options.ending(report))

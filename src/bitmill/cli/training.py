@@ -1,11 +1,20 @@
-"""Options that the commands which learn share."""
+"""What the commands which learn share: options, and how they say what they plan and what came of it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
+
+from bitmill.cli import say
+from bitmill.cli.progress import Teller
+from bitmill.core.errors import Refused
+
+if TYPE_CHECKING:
+    from bitmill.account import Report
+    from bitmill.training.lessons import Lessons
 
 Data = Annotated[
     Path | None,
@@ -75,3 +84,75 @@ Shape = Annotated[
 Written = Annotated[
     str, typer.Option("--recipe", help="What is written: a layout of ternary weights, by plain rounding.")
 ]
+
+
+class Planned(Protocol):
+    """What would be learned."""
+
+    @property
+    def headline(self) -> tuple[str, ...]:
+        """What matters first."""
+
+    @property
+    def lessons(self) -> Lessons:
+        """What from."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+
+
+def named(data: Path | None, out: Path | None, dry_run: bool, ways: tuple[str, str], example: str) -> Path:
+    """The data, once it and an output are named.
+
+    Args:
+        ways: what there is none of (``text is``, ``examples are``), and how it is given.
+
+    Raises:
+        Refused: they are not.
+    """
+    if data is None:
+        raise Refused(f"no {ways[0]} named", fix=ways[1])
+    if out is None and not dry_run:
+        raise Refused("no output is named", fix=f"add -o, for example: -o {example}")
+    return data
+
+
+def carried_out(
+    made: Planned,
+    out: Path | None,
+    dry_run: bool,
+    json: bool,
+    learn: Callable[[Path, Teller], Report],
+    account: Callable[[Report], None],
+) -> None:
+    """Say the plan; learn, unless nothing is to be written, and say what came of it."""
+    if dry_run or out is None:
+        if json:
+            say.emit({**made.to_json(), "data": dict(made.lessons.facts)})
+        else:
+            say.result("\n".join(made.headline))
+        return
+    say.note("\n".join(made.headline))
+    with Teller() as teller:
+        report = learn(out, teller)
+    say.emit(report.to_json()) if json else account(report)
+
+
+def traced(report: Report, unit: str) -> Mapping[str, Any]:
+    """The table of judgements, and notes; the facts of the run.
+
+    Args:
+        unit: of the losses, and what else there is to say of them.
+    """
+    facts = report.tuning
+    rows = [[step, "" if not step else f"{loss:.4f}", f"{held:.4f}"] for step, loss, held in facts["trace"]]
+    say.result(say.table(["step", "loss", "held out"], rows, right=(0, 1, 2)))
+    say.result(unit)
+    for note in report.notes:
+        say.note(f"note: {note.text}")
+    return facts
+
+
+def ending(report: Report) -> str:
+    """What was written, and how long it took."""
+    return f"{report.path}: {report.bytes_:,} bytes in {say.duration(report.seconds)}"

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from bitmill.core.axes import Grid, Solver
+from bitmill.core.schooling import Schooling
 from bitmill.core.types import Problem, Solution
 
 
@@ -50,32 +51,18 @@ class BlockSolver(Solver):
 
 @dataclass(frozen=True, eq=False)
 class ModelTask:
-    """A whole model on its grids whose codes stay, and what may still move: its leaves, by name.
+    """A whole model on its grids, and what may move of it: its leaves, by name.
 
     Attributes:
-        start: the leaves as the model has them: scales, offsets, norms; float32.
-        units: what a relative change of 1 is of each leaf, of its shape; 0 where it cannot move.
-        windows: calibration windows there are.
-        lesson: divergence from the original model over the windows with these indices (nats a token) at
-            these leaves, and its derivatives by relative changes; the leaves as they would be stored.
-        judge: divergence over text of another kind at these leaves, as they would be stored.
-        step: where to go on from; 0 at the start.
-        state: what was kept there.
-        record: facts kept with it.
-        keep: makes ``step``, ``state`` and ``record`` safe, so that an interrupted run goes on from there.
-        tell: called with the steps done and a line for the reader.
+        start: the leaves as the model has them: scales, offsets, weights, norms; float32.
+        units: what a relative change of 1 is of each leaf, broadcast to its shape; 0 where it cannot move.
+        schooling: by the divergence from the original model at leaves as they would be stored; derivatives
+            are by relative changes.
     """
 
     start: Mapping[str, Tensor]
     units: Mapping[str, Tensor]
-    windows: int
-    lesson: Callable[[Mapping[str, Tensor], Tensor], tuple[float, Mapping[str, Tensor]]]
-    judge: Callable[[Mapping[str, Tensor]], float]
-    step: int
-    state: Mapping[str, Tensor]
-    record: Mapping[str, Any]
-    keep: Callable[[int, Mapping[str, Tensor], Mapping[str, Any]], None]
-    tell: Callable[[int, str], None]
+    schooling: Schooling
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +80,8 @@ class Tuned:
 
 
 class ModelSolver(Solver):
-    """A solver that goes on from what another has left, with the model as a whole: the codes are another's,
-    what is stored beside them is learned. :meth:`Solver.solve` is plain rounding."""
+    """A solver that goes on from what another has left, with the model as a whole. :meth:`Solver.solve` is
+    plain rounding."""
 
     @property
     @abstractmethod
@@ -110,6 +97,22 @@ class ModelSolver(Solver):
     @abstractmethod
     def norms(self) -> bool:
         """Whether weights of norms move, too."""
+
+    @property
+    @abstractmethod
+    def weights(self) -> bool:
+        """Whether the weights move, and are rounded anew in every step; if not, the codes are another's, and
+        what is stored beside them moves."""
+
+    @property
+    @abstractmethod
+    def blocks_at_once(self) -> int:
+        """Blocks that learn together, then the next as many; 0 for all."""
+
+    @property
+    @abstractmethod
+    def own_text(self) -> bool:
+        """Whether it learns from text of the model's own where no other is named."""
 
     @abstractmethod
     def tune(self, task: ModelTask) -> Tuned:

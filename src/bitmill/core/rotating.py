@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from bitmill.core.online import OnlineTransform
+from bitmill.core.schooling import Schooling
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,26 +20,11 @@ class RotationTask:
 
     Attributes:
         widths: channels of each place, by name: ``residual``, and ``value.3`` for the heads of block 3.
-        windows: calibration windows there are.
-        lesson: loss over the windows with these indices under these rotations (blocks ``m n n``,
-            float64), and its derivatives by their entries.
-        judge: loss over other windows.
-        step: where to go on from; 0 at the start.
-        state: what was kept there.
-        record: facts kept with it.
-        keep: makes ``step``, ``state`` and ``record`` safe, so that an interrupted run goes on from there.
-        tell: called with the steps done and a line for the reader.
+        schooling: by the loss under rotations (blocks ``m n n``, float64); derivatives are by their entries.
     """
 
     widths: Mapping[str, int]
-    windows: int
-    lesson: Callable[[Mapping[str, Tensor], Tensor], tuple[float, Mapping[str, Tensor]]]
-    judge: Callable[[Mapping[str, Tensor]], float]
-    step: int
-    state: Mapping[str, Tensor]
-    record: Mapping[str, Any]
-    keep: Callable[[int, Mapping[str, Tensor], Mapping[str, Any]], None]
-    tell: Callable[[int, str], None]
+    schooling: Schooling
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bitmill.core.errors import Refused
 from bitmill.core.types import Inputs
-from bitmill.numerics.inputs import seen
+from bitmill.numerics.inputs import straight
 
 Change = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Keys and values ``n heads tokens channels`` as an attention makes them, to those that it is to see."""
@@ -74,6 +74,6 @@ def check_cache(model: nn.Module, cache: Mapping[str, Inputs], where: str) -> No
 def _rounded(parts: Mapping[str, Inputs], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     k, v = parts.get(KEYS), parts.get(VALUES)
     return (
-        keys if k is None else seen(k, keys),
-        values if v is None else seen(v, values),
+        keys if k is None else straight(k, keys),
+        values if v is None else straight(v, values),
     )

@@ -3,11 +3,12 @@
 A weight's value is ``grid(w + V · step)`` under parameters whose range is ``β · lowest … α · highest``.
 Rounding is taken as the identity where the value lies inside the range (Bengio et al., arXiv 1308.3432),
 which makes the derivatives by ``V``, ``α`` and ``β`` those of Cheng et al. (arXiv 2309.05516) and of Esser et
-al. (arXiv 1902.08153).
+al. (arXiv 1902.08153); or its derivative is that of a wave that stands for it (StableQAT, arXiv 2601.19320).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +20,7 @@ from bitmill.core.types import Params, Quantized
 
 NARROWEST, WIDEST = 0.5, 1.5  # of a range
 LITTLE = 0.97  # narrower by a step or two of learning
+STEEPEST = 1 / (math.sqrt(2) * math.pi)  # amplitude of a wave that falls nowhere
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,12 +113,15 @@ class Learned:
         )
         return replace(one, high=next(ends), low=next(ends))
 
-    def slopes(self, gradient: Tensor, value: Tensor, params: Params) -> tuple[Tensor, Tensor, Tensor]:
+    def slopes(
+        self, gradient: Tensor, value: Tensor, params: Params, amplitude: float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Derivatives by each weight, and by both ends' factors, in proportion; where the ends are not apart,
         the second is that of the range, and the third says nothing.
 
         Args:
             gradient, value, params: as of :meth:`moved`.
+            amplitude: of the wave whose derivative stands for that of rounding; 0 for the identity.
         """
         step = self.grid.step(params, 0, self.weight.shape[1])
         shifted = self.weight + self.offset * step
@@ -125,21 +130,37 @@ class Learned:
         )
         above, below = shifted > top + step / 2, shifted < bottom - step / 2
         inside = ~(above | below)
-        slip = gradient * (value - self.weight)
+        slip, by_weight, stays = value - self.weight, gradient * inside, torch.zeros((), device=value.device)
+        if amplitude:
+            through = _derivative(shifted - value, step, amplitude)
+            fixed = bottom if self.ends_apart else torch.zeros((), device=value.device)
+            slip = slip + (1 - through) * (self.weight - fixed)
+            by_weight, stays = by_weight * through, gradient * (1 - through) * fixed
+        slip = gradient * slip
         if self.ends_apart:
             width = (top - bottom).clamp_min(1e-30)
             by_high = torch.where(inside, slip * top / width, gradient * top * above)
-            by_low = torch.where(inside, -slip * bottom / width, gradient * bottom * below)
+            by_low = torch.where(inside, stays - slip * bottom / width, gradient * bottom * below)
         else:
             by_high = by_low = torch.where(inside, slip, gradient * value)
         ends = (_by_block(by, self.grid).sum((1, 3)) for by in (by_high, by_low))
-        return gradient * inside, next(ends), next(ends)
+        return by_weight, next(ends), next(ends)
 
     def _relative_step(self, step: Tensor) -> Tensor:
         """A step of each block, relative to the end of its range that is farther from zero."""
         widest = _by_block(step.expand_as(self.weight), self.grid).amax((1, 3))
         reach = torch.maximum(self.top.abs(), self.bottom.abs())
         return (widest / reach.clamp_min(1e-30)).clamp(max=1.0)
+
+
+def _derivative(off: Tensor, step: Tensor, amplitude: float) -> Tensor:
+    """Of rounding, as a damped wave has it: 1 halfway between two values, little at either.
+
+    Args:
+        off: how far each weight is from its value.
+    """
+    wave = torch.cos(math.pi * (off / step.clamp_min(1e-30)).clamp(-0.5, 0.5))
+    return 2 / (1 + math.sqrt(2) * math.pi * amplitude * wave) - 1
 
 
 def _moved(

@@ -23,6 +23,12 @@ def available_bytes(meminfo: Path = _MEMINFO, group: Path = _GROUP) -> int:
     return free
 
 
+def whole_bytes(group: Path = _GROUP) -> int:
+    """Bytes of the machine's memory, or of what this control group may have of it: the same at any time."""
+    limit = _text(group / "memory.max").strip()
+    return min(_installed(), int(limit)) if limit.isdecimal() else _installed()
+
+
 def peak_bytes(status: Path = _STATUS) -> int | None:
     """The most memory that this process had at a time since it began, or since :func:`forget_peak`; None
     where the system does not say."""

@@ -15,7 +15,7 @@ from bitmill.core.axes import Grid, ScalarGrid
 from bitmill.core.learning import BlockSolver, BlockTask
 from bitmill.core.types import Problem, Quantized, Solution
 from bitmill.numerics.adam import Adam
-from bitmill.numerics.learned import Learned
+from bitmill.numerics.learned import STEEPEST, Learned
 from bitmill.numerics.lessons import CHECKS, JUDGES, Course
 
 FLOOR = 0.05  # the rate ends at this part of where it starts
@@ -37,6 +37,8 @@ class EfficientQat(BlockSolver):
         rate: how far each weight moves in the first step, in steps of the grid, at most; it falls along half
             a cosine. 0 takes ``3 / steps``, but at most 0.02.
         ranges: whether ranges (scales and zero points) are trained, too.
+        amplitude: of the wave whose derivative stands for that of rounding (StableQAT, arXiv 2601.19320; its
+            authors take 0.21); 0 takes rounding as the identity.
         seed: which windows come when.
     """
 
@@ -44,6 +46,7 @@ class EfficientQat(BlockSolver):
     batch: int = 4
     rate: float = 0.0
     ranges: bool = True
+    amplitude: float = 0.0
     seed: int = 0
 
     needs: ClassVar[str] = "diagonal"
@@ -53,6 +56,8 @@ class EfficientQat(BlockSolver):
             raise ValueError(f"{self.steps} steps of {self.batch} windows teach nothing")
         if not 0 <= self.rate <= 1:
             raise ValueError(f"rate is a part of a step from 0 to 1, not {self.rate}")
+        if not 0 <= self.amplitude <= STEEPEST:
+            raise ValueError(f"amplitude is from 0 to {STEEPEST:.4f}, not {self.amplitude}")
 
     def refuses(self, grid: Grid) -> str | None:
         """Only grids of scalars have steps to train by."""
@@ -114,7 +119,8 @@ class EfficientQat(BlockSolver):
             for at, (one, g, value, q) in enumerate(zip(state, gradients, values, quantized, strict=True)):
                 if g is not None:
                     keys = _trained(at, one)
-                    slopes |= dict(zip(keys, one.slopes(g, value.detach(), q.params), strict=True))
+                    by = one.slopes(g, value.detach(), q.params, self.amplitude)
+                    slopes |= dict(zip(keys, by, strict=True))
             adam = adam.seen(slopes)
             state = [
                 self._moved(at, one, q, adam, step)

@@ -4,23 +4,15 @@ original in place of the text as in Hinton et al., arXiv 1503.02531)."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
-
-import torch
-from torch import Tensor
+from typing import ClassVar, final
 
 from bitmill.core.axes import Grid
 from bitmill.core.learning import ModelSolver, ModelTask, Tuned
 from bitmill.core.types import Problem, Solution
-from bitmill.numerics.adam import Adam
+from bitmill.numerics.distilling import Distilling
 from bitmill.numerics.moving import moving
-
-CHECKS = 10  # times that progress is judged, and made safe
-WARM = 0.05  # part of the steps in which the rate rises
-RUNAWAY = 4.0  # times the first divergence: not worth going on
 
 
 @final
@@ -77,11 +69,22 @@ class Tune(ModelSolver):
     @property
     def judgements(self) -> int:
         """At the start, and after each part of the run."""
-        return 1 + -(-self.steps // self._every)
+        return self._how.judgements
 
     @property
-    def _every(self) -> int:
-        return max(1, self.steps // CHECKS)
+    def weights(self) -> bool:
+        """They stay."""
+        return False
+
+    @property
+    def blocks_at_once(self) -> int:
+        """Scales are few."""
+        return 0
+
+    @property
+    def own_text(self) -> bool:
+        """Any text does."""
+        return False
 
     def solve(self, problems: Sequence[Problem], grids: Sequence[Grid]) -> list[Solution]:
         """Plain rounding: what a run starts from where no other solver is named.
@@ -97,66 +100,8 @@ class Tune(ModelSolver):
 
     def tune(self, task: ModelTask) -> Tuned:
         """The best leaves that were met, judged by text of another kind."""
-        moved, adam, best, facts = self._resumed(task)
-        for step in range(task.step, self.steps):
-            leaves = _at(task, moved)
-            loss, gradients = task.lesson(leaves, self._windows(task.windows, step))
-            if not (math.isfinite(loss) and all(bool(torch.isfinite(g).all()) for g in gradients.values())):
-                facts["stopped"] = f"the loss was no longer a number at step {step}"
-                break
-            adam = adam.seen(gradients)
-            rate = self._rate(step)
-            moved = {name: value - rate * adam.direction(name) for name, value in moved.items()}
-            task.tell(step + 1, f"divergence {loss:.4f}, on other text {facts['least']:.4f} at best")
-            if (step + 1) % self._every and step + 1 < self.steps:
-                continue
-            judged = _number(task.judge(_at(task, moved)))
-            facts["trace"] = [*facts["trace"], [step + 1, loss, judged if math.isfinite(judged) else None]]
-            if judged < facts["least"]:
-                best, facts["least"], facts["best_step"] = moved, judged, step + 1
-            if judged > RUNAWAY * facts["first"]:
-                facts["stopped"] = f"the divergence ran away: {judged:.4g} at step {step + 1}"
-                break
-            if step + 1 < self.steps:
-                task.keep(step + 1, _state(moved, adam, best), facts)
-        return Tuned(task.start if not facts["best_step"] else _at(task, best), facts)
+        return self._how.run(task)
 
-    def _resumed(self, task: ModelTask) -> tuple[dict[str, Tensor], Adam, dict[str, Tensor], dict[str, Any]]:
-        """Relative moves so far, the state of the descent, the best moves, what is known of them."""
-        if task.step:
-            parts = {part: _part(task.state, part) for part in ("moved", "mean", "square", "best")}
-            adam = Adam(task.step, parts["mean"], parts["square"])
-            return parts["moved"], adam, parts["best"], dict(task.record)
-        still = {name: torch.zeros_like(value) for name, value in task.start.items()}
-        first = task.judge(task.start)
-        facts = {"first": first, "least": first, "best_step": 0, "trace": []}
-        return still, Adam.of(still), still, facts
-
-    def _windows(self, count: int, step: int) -> Tensor:
-        """Which windows a step learns from: all once, in some order, then all again in another."""
-        batch = min(self.batch, count)
-        rounds, at = divmod(step, count // batch)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed * 100_003 + rounds))
-        return order[at * batch : (at + 1) * batch]
-
-    def _rate(self, step: int) -> float:
-        """Up over the first steps, then down along half a cosine."""
-        warm = min(1.0, (step + 1) / max(1.0, WARM * self.steps))
-        return self.rate * warm * (1 + math.cos(math.pi * step / self.steps)) / 2
-
-
-def _at(task: ModelTask, moved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value + task.units[name] * moved[name] for name, value in task.start.items()}
-
-
-def _state(moved: Mapping[str, Tensor], adam: Adam, best: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    parts = {"moved": moved, "mean": adam.mean, "square": adam.square, "best": best}
-    return {f"{part}/{name}": value for part, named in parts.items() for name, value in named.items()}
-
-
-def _part(state: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
-    return {k.partition("/")[2]: v for k, v in state.items() if k.startswith(f"{part}/")}
-
-
-def _number(loss: float) -> float:
-    return loss if math.isfinite(loss) else math.inf
+    @property
+    def _how(self) -> Distilling:
+        return Distilling(self.steps, self.batch, self.rate, self.seed)

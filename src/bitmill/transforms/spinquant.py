@@ -19,6 +19,7 @@ from bitmill.core.online import DOWN
 from bitmill.core.rotating import Learned, LearnedTransform, RotationTask
 from bitmill.core.types import Problem
 from bitmill.numerics import cayley, hadamard
+from bitmill.numerics.distilling import windows_of
 from bitmill.numerics.linear_maps import Hadamard
 
 CHECKS = 10  # times that progress is made safe
@@ -109,22 +110,23 @@ class SpinQuant(LearnedTransform):
         Raises:
             Unsolvable: one is no rotation any more, or the loss is no number.
         """
+        school = task.schooling
         start = {name: self._blocks(name, width) for name, width in task.widths.items()}
-        now: dict[str, Tensor] = dict(task.state or start)
-        facts: dict[str, Any] = dict(task.record)
-        if not task.step:
-            facts = {"first": task.judge(start), "trace": [], "off": 0.0}
-        for step in range(task.step, self.steps):
-            loss, gradients = task.lesson(now, self._windows(task.windows, step))
+        now: dict[str, Tensor] = dict(school.state or start)
+        facts: dict[str, Any] = dict(school.record)
+        if not school.step:
+            facts = {"first": school.judge(start), "trace": [], "off": 0.0}
+        for step in range(school.step, self.steps):
+            loss, gradients = school.lesson(now, windows_of(school.windows, self.batch, step, self.seed))
             rate = self.rate * (1 + math.cos(math.pi * step / self.steps)) / 2
             now = {name: cayley.stepped(value, gradients[name], rate) for name, value in now.items()}
             self._check(now, loss, step, facts)
-            task.tell(step + 1, f"loss {loss:.4f}")
+            school.tell(step + 1, f"loss {loss:.4f}")
             if (step + 1) % max(1, self.steps // CHECKS) == 0:
                 facts["trace"] = [*facts["trace"], [step + 1, loss]]
                 if step + 1 < self.steps:
-                    task.keep(step + 1, now, facts)
-        last = task.judge(now)
+                    school.keep(step + 1, now, facts)
+        last = school.judge(now)
         kept = not last < facts["first"]
         return Learned(start if kept else now, {**facts, "last": last, "kept": kept})
 
@@ -150,10 +152,3 @@ class SpinQuant(LearnedTransform):
         size = map_.order if self.block and place == "residual" else width
         whole = map_.turn(torch.eye(width, dtype=torch.float64))
         return torch.stack([whole[a : a + size, a : a + size] for a in range(0, width, size)])
-
-    def _windows(self, count: int, step: int) -> Tensor:
-        """Which windows a step learns from: all once, in some order, then all again in another."""
-        batch = min(self.batch, count)
-        rounds, at = divmod(step, count // batch)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed * 100_003 + rounds))
-        return order[at * batch : (at + 1) * batch]
