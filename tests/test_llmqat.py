@@ -202,6 +202,7 @@ def test_memory_decides_how_many_blocks_and_the_plan_says_so(
     whole = plan(parse(LINE.format("steps=7")), source)
     assert str(whole.recipe) == f"nearest + {LINE.format('steps=7')}"
     assert any("the whole model learns at once" in said for said in whole.remarks)
+    assert any("what the model itself writes" in said for said in whole.remarks)
     monkeypatch.setattr(tuning_plan, "whole_bytes", lambda: 1 << 20)
     some = plan(parse(LINE.format("steps=7")), source)
     assert str(some.recipe) == f"nearest + {LINE.format('steps=7, blocks=1')}"
@@ -253,7 +254,7 @@ def test_own_text_begins_with_the_likeliest_tokens() -> None:
     ("llmqat : nvfp4, dtype=bf16 > compressed-tensors", "use efficientqat"),
     ("gptq + llmqat : int4-g32 > bitmill", "would be lost"),
     ("awq + llmqat : int4-g32 > bitmill", "hadamard or spinquant"),
-    ("llmqat : int4-g32, cache=int8 > bitmill", "cache=int8-token"),
+    ("llmqat : int4-g32, cache=int8-head > bitmill", "cache=int8-token"),
     ("llmqat(steps=0) : int4-g32 > bitmill", "teach nothing"),
     ("llmqat(rate=2) : int4-g32 > bitmill", "rate is a part"),
     ("llmqat(blocks=-1) : int4-g32 > bitmill", "cannot learn"),

@@ -111,6 +111,7 @@ def _remarks(rows: Sequence[Row], name: str, tune: ModelSolver, taken: tuple[int
         f"original's and the quantized: about {taken[0] / 2**30:.1f} GiB and {taken[1] / 60:.0f} min of the "
         "figures below"
     ]
+    said += [f"{name} learns from what the model itself writes, where no text is named"] * tune.own_text
     still = Counter(str(row.grid) for row in rows if row.solved and tune.refuses(row.grid) is not None)
     said += [f"{name} leaves {n} weights on {grid} as they are" for grid, n in still.items()]
     return tuple(said)

@@ -26,7 +26,8 @@ class LlmQat(ModelSolver):
 
     What is rounded beside them is what the recipe says: ``input=int8-token``, ``cache=int8-token``. Without
     ``--calib`` it learns from what the model itself writes (``--calib self``). A weight's step is ``rate``
-    steps of its grid; what is kept is the step that fared best on text of another kind, be it none.
+    steps of its grid; the divergence is that of the second half of each window, over the full vocabulary;
+    what is kept is the step that fared best on text of another kind, be it none.
 
     Attributes:
         steps: of descent.
