@@ -133,7 +133,8 @@ def measured(options: argparse.Namespace, folder: Path, files: list[Path]) -> li
     texts = [text for text in default_evaluation() if not text.empty]
     records = measure_all([str(f) for f in files], str(folder), texts=texts, protocol=protocol)
     kept = [record.to_json()["kld"] for record in records]
-    return [{"kld": k["mean"], "low": k["interval"][0], "high": k["interval"][1]} for k in kept]
+    ends = [k["ci95"] or (k["mean"], k["mean"]) for k in kept]  # one window alone has no interval
+    return [{"kld": k["mean"], "low": low, "high": high} for k, (low, high) in zip(kept, ends, strict=True)]
 
 
 def policies(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:

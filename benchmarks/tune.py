@@ -1,6 +1,7 @@
 """Distilled scales after GPTQ: what the step buys at 4, 3 and 2 bits and on K-quants, and its seconds.
 
-python benchmarks/tune.py [--grids int4 q3_k ...] [--steps 100] [--rate 1e-3] [--work FOLDER] [--reuse]
+python benchmarks/tune.py [--grids int4 q3_k ...] [--steps 100] [--rate 1e-3] [--trained]
+    [--trained-steps 400] [--work FOLDER] [--reuse]
 """
 
 from __future__ import annotations
@@ -31,13 +32,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--trained", action="store_true", help="efficientqat as well: hours")
+    parser.add_argument("--trained-steps", type=int, default=400, help="of that, a block")
     options = parser.parse_args()
     ours = bench(options)
     wide = Ruler(ours.wide_model, ours.work / "ruler-wide.safetensors")
     step = f"tune(steps={options.steps}, rate={options.rate})"
     for name in options.grids:
         solvers = ["gptq", f"gptq + {step}"]
-        solvers += ["efficientqat", f"efficientqat + {step}"] if options.trained and name not in WIDE else []
+        if options.trained and name not in WIDE:
+            trained = f"efficientqat(steps={options.trained_steps})"
+            solvers += [trained, f"{trained} + {step}"]
         for solver in solvers:
             label = f"{name} {solver.replace(step, 'tune')}"
             if name not in WIDE:
