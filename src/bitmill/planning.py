@@ -45,7 +45,7 @@ from bitmill.forecast import cost, kept_bytes, refuse_folder
 from bitmill.inputs import input_remarks, with_inputs
 from bitmill.recipe import Recipe
 from bitmill.trust.planned import loader_remarks
-from bitmill.tuning_plan import settled, tuned
+from bitmill.tuning_plan import in_lots, tuned
 
 BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 MATRIX = 2
@@ -283,8 +283,8 @@ def plan(
         remarks += unheard(checkpoint.config, architecture_of_model(checkpoint.config))
     _refuse_rows(recipe, rows, container, solver, strict)
     remarks += expert_remarks(recipe, rows, family, solver, checkpoint, needs, nsamples * seqlen)
-    recipe, said = settled(recipe, rows, checkpoint.config, nsamples, seqlen)
-    remarks += said
+    recipe, said = in_lots(recipe, rows, checkpoint.config, nsamples, seqlen)
+    remarks, tune = remarks + said, recipe.make_tune()
     provenance = {"recipe": str(recipe), "source": checkpoint.digest, "version": version("bitmill")}
     files = container.files(rows, checkpoint, provenance)
     remarks += loader_remarks(files, strict)

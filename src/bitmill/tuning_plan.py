@@ -25,7 +25,7 @@ MICRO_TOKENS = 2048  # tokens inside a block at once
 SHARE = 0.6  # of the machine's memory that weights which learn may take, and all that goes with them
 
 
-def settled(
+def in_lots(
     recipe: Recipe, rows: Sequence[Row], config: Mapping[str, Any], nsamples: int, seqlen: int
 ) -> tuple[Recipe, tuple[str, ...]]:
     """The recipe with the number of blocks that learn at once, where all are more than this machine's memory
