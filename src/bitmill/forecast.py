@@ -16,6 +16,7 @@ from bitmill.core.learning import BlockSolver
 from bitmill.core.types import Row
 
 BASE_BYTES = 450 << 20  # an interpreter with torch, transformers and numba loaded
+PLAIN_BYTES = 300 << 20  # the same where no model runs: none of its classes is loaded
 STAGED_BYTES = 5 << 28  # 1.25 GiB of activations may be alive at once in a one-pass walk
 MICRO_TOKENS = 4096  # of a forward pass: enough for full speed, few enough to stay in cache
 DISK = 300e6  # bytes a second that reach a disk for good
@@ -89,9 +90,10 @@ def cost(
     weights = sum(math.prod(row.shape) for row in matrices)
     sought = sum(math.prod(row.shape) for row in matrices if isinstance(row.grid, VectorGrid))
     seconds = rounding_seconds(matrices)
-    if needs == "nothing":
-        return BASE_BYTES + 16 * min(largest, 1 << 26), 2.0 + seconds
     tokens = nsamples * seqlen
+    if needs == "nothing":
+        widely = max((math.prod(row.shape) for row in rows if row.layer is None), default=0)
+        return PLAIN_BYTES + min(8 * widely, 100 << 20) + 16 * min(largest, 1 << 26), 2.0 + seconds
     crosses, learns = isinstance(solver, CalibratedSolver) and solver.cross, isinstance(solver, BlockSolver)
     streams = 1 + (crosses or learns)  # the original model runs along
     hidden = 2 * tokens * int(config["hidden_size"]) * 4 * streams
