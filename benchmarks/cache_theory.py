@@ -3,6 +3,8 @@
 python benchmarks/cache_theory.py [--vectors 100000] [--seeds 200] [--pairs 1000000] [--draws 1000]
     [--orders 2048] [--tokens 1024]
 
+OPENBLAS_NUM_THREADS=1 before it keeps the drawing of rotations from waiting for other programs.
+
 Small: --vectors 4000 --seeds 8 --pairs 20000 --draws 40 --orders 128 --tokens 64 --evidence FOLDER
 """
 
@@ -57,7 +59,7 @@ def main() -> None:
     kinds = [kind_rows(name, head, make, options) for head in HEADS for name, make in made(options).items()]
     if options.tokens:
         kinds.append(real_rows(options))
-    products = [product_row(head, bits, options) for head in HEADS for bits in (1, 2, 3, 4)]
+    products = [row for head in HEADS for row in product_rows(head, options)]
     sketches = [sketch_row(rows, options) for rows in (64, 128, 256)]
     orders = hadamards(options.orders)
     found = {
@@ -179,17 +181,27 @@ def tested(errors: list[Tensor]) -> tuple[float, float, float]:
     return float(means.mean()), t, float(torch.cat(errors).double().square().mean())
 
 
-def product_row(head: int, bits: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Products of stored vectors with others: bias and variance, with a residual sketch and without."""
-    with_sketch, without, slopes, expected = [], [], [], []
+def product_rows(head: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Products of stored vectors with others: bias and variance, with a residual sketch and without. One draw
+    serves every width."""
+    found: dict[int, tuple[list[Any], ...]] = {bits: ([], [], [], []) for bits in BITS[:-1]}
     for seed, x, y in pairs_of(head, options):
         y = (0.5 * x + sqrt(0.75) * y) / (0.5 * x + sqrt(0.75) * y).norm(dim=-1, keepdim=True)
         exact = (x * y).sum(-1)
-        with_sketch.append(products(Sphere(head, bits, seed, residual=True), x, y) - exact)
-        found = products(Sphere(head, bits, seed), x, y)
-        without.append(found - exact)
-        slopes.append(float((found * exact).sum() / exact.square().sum()))
-        expected.append(exact_variance(left(Sphere(head, bits - 1, seed), x), y, head))
+        for bits, (with_sketch, without, slopes, expected) in found.items():
+            with_sketch.append(products(Sphere(head, bits, seed, residual=True), x, y) - exact)
+            plain = products(Sphere(head, bits, seed), x, y)
+            without.append(plain - exact)
+            slopes.append(float((plain * exact).sum() / exact.square().sum()))
+            expected.append(exact_variance(left(Sphere(head, bits - 1, seed), x), y, head))
+    return [product_row(head, bits, *lists) for bits, lists in found.items()]
+
+
+def product_row(
+    head: int, bits: int, with_sketch: list[Tensor], without: list[Tensor], slopes: list[float],
+    expected: list[float],
+) -> dict[str, Any]:  # fmt: skip
+    """One width: errors, slopes and expected variances of all draws."""
     mean, t, square = tested(with_sketch)
     plain_mean, plain_t, plain_square = tested(without)
     row = {
