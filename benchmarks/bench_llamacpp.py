@@ -27,6 +27,7 @@ from transformers import AutoTokenizer
 
 TYPES = ("Q4_0", "Q4_K_M", "Q6_K")
 RECIPES = {"nearest": "nearest : {type} > gguf", "gptq": "gptq : {type} > gguf"}
+NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 PARTS = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -44,13 +45,17 @@ Bitmill's contain its calibration. KLD in nats."""
 
 
 def linears(path: Path, config: Any) -> tuple[dict[str, Tensor], float]:
-    """The block linears of a Llama GGUF under Hugging Face's names and row order, and their bits a weight."""
+    """The block linears of a Llama GGUF under Hugging Face's names and row order, and their bits a weight;
+    the blocks' norms as well, which a transform may have moved."""
     found, bits, weights = {}, 0, 0
     for tensor in gguf.GGUFReader(path).tensors:
         _, layer, part, *_ = [*tensor.name.split("."), "", "", ""]
-        if not tensor.name.startswith("blk.") or part not in PARTS:
+        if not tensor.name.startswith("blk.") or part not in {**PARTS, **NORMS}:
             continue
         dense = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+        if part in NORMS:
+            found[f"model.layers.{layer}.{NORMS[part]}.weight"] = dense
+            continue
         heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(part)
         if heads:  # llama.cpp rotates neighbouring rows of a head, Hugging Face its two halves
             dense = dense.view(heads, -1, 2, dense.shape[1]).transpose(1, 2).reshape(dense.shape)

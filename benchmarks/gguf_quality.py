@@ -4,7 +4,7 @@
 
 llama.cpp's side is `nearest` with importance from the same calibration tokens: those bytes are llama.cpp's,
 as tests/oracles show against libgguf (every type) and llama.cpp itself (every mixture). Both files are
-decoded by the `gguf` package, and only the linears inside the blocks are replaced.
+decoded by the `gguf` package, and only the linears inside the blocks are replaced, and the blocks' norms.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ SIDES = {
     "llama.cpp": ("nearest : {type} > gguf", ()),
     "best": ("best : {type} > gguf", ()),
     "best, default text": ("best : {type} > gguf", ("--default",)),
+    "awq + best": ("awq + gptq(sweeps=4) : {type} > gguf", ()),
+    "best, for the original's inputs": ("gptq(sweeps=4, asymmetric=0.25) : {type} > gguf", ()),
 }
 NOTES = """SmolLM2-135M off its 4-bit grid, widened so that rows are multiples of 256. `llama.cpp`: the bytes
 of llama.cpp's quantizer with importance from 64 windows of 512 tokens of Python's manual; `best`: Bitmill's
