@@ -149,6 +149,17 @@ def test_another_recipe_does_not_resume_and_names_the_field(model: Path, tmp_pat
     assert report.resumed == 2
 
 
+def test_a_recipe_that_writes_other_files_is_named_before_them(model: Path, tmp_path: Path) -> None:
+    def stop(where: str) -> None:
+        if where == "block 0: journaled":
+            raise KeyboardInterrupt
+
+    with pytest.raises(mill.Interrupted):
+        mill.quantize(str(model), "nearest : int4-g32-sym > gptq", tmp_path / "out", boundary=stop)
+    with pytest.raises(Refused, match="another recipe is here"):
+        mill.quantize(str(model), "nearest : int8-g32-sym > gptq", tmp_path / "out")
+
+
 def test_nan_weights_are_refused_and_nothing_stays(model: Path, tmp_path: Path) -> None:
     broken = make_model(tmp_path / "broken")
     tensors = load_file(broken / "model.safetensors")

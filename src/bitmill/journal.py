@@ -277,14 +277,25 @@ def report_path(out: Path) -> Path:
 
 def _refuse_other(theirs: Mapping[str, Any], ours: Mapping[str, Any], folder: Path) -> None:
     ours = json.loads(json.dumps(ours))
-    for key in sorted({*theirs, *ours}):
-        if theirs.get(key) != ours.get(key):
-            raise Refused(
-                f"an unfinished run with another {key} is here: {_short(theirs.get(key))} then, "
-                f"{_short(ours.get(key))} now",
-                where=str(folder),
-                fix="finish it with its own command, add --no-resume to start over, or choose another -o",
-            )
+    for key in dict.fromkeys([*ours, *theirs]):  # as they are listed: other files follow from another recipe
+        then, now = theirs.get(key), ours.get(key)
+        if then == now:
+            continue
+        if isinstance(then, list) and isinstance(now, list):
+            difference = f"another {_first_other(then, now)} is here"
+        else:
+            difference = f"another {key} is here: {_short(then)} then, {_short(now)} now"
+        raise Refused(
+            f"an unfinished run with {difference}",
+            where=str(folder),
+            fix="finish it with its own command, add --no-resume to start over, or choose another -o",
+        )
+
+
+def _first_other(then: Sequence[Any], now: Sequence[Any]) -> str:
+    """The name of the first file that two lists of ``name, bytes, digest`` do not share."""
+    other = next(entry for entry in [*now, *then] if entry not in now or entry not in then)
+    return str(other[0])
 
 
 def _short(value: Any) -> str:
