@@ -111,6 +111,8 @@ class Plan:
     @property
     def disk_bytes(self) -> int:
         """The most that is on disk while it is made: the output, and what a resumed run would go on from."""
+        if self.needs == "nothing":
+            return self.bytes_
         blocks: Counter[int] = Counter()
         for row in self.rows:
             if row.layer is not None:
@@ -118,9 +120,8 @@ class Plan:
         width = next((row.shape[1] for row in self.rows if row.role == "embed"), 0)
         solver = self.recipe.make_solver()
         along = isinstance(solver, BlockSolver) or (isinstance(solver, CalibratedSolver) and solver.cross)
-        tokens = self.nsamples * self.seqlen if self.needs != "nothing" else 0
         weights = max(blocks.values(), default=0)
-        return self.bytes_ + kept_bytes(width, tokens, len(blocks), weights, along)
+        return self.bytes_ + kept_bytes(width, self.nsamples * self.seqlen, len(blocks), weights, along)
 
     @property
     def fallbacks(self) -> tuple[Row, ...]:

@@ -109,7 +109,8 @@ class LlmQat(ModelSolver):
             reason = self.refuses(grid)
             if reason is not None:
                 raise ValueError(reason)
-        return [Solution(grid.round(p.weight.float())) for p, grid in zip(problems, grids, strict=True)]
+        told = [None if p.moments is None else p.moments.importance for p in problems]
+        return [Solution(g.round(p.weight.float(), i)) for p, g, i in zip(problems, grids, told, strict=True)]
 
     def tune(self, task: ModelTask) -> Tuned:
         """The best weights that were met, judged by text of another kind."""
