@@ -32,8 +32,9 @@ class RoundedCache(CacheMethod):
 
     @classmethod
     def parse(cls, text: str) -> RoundedCache | None:
-        """``int4-token-asym``, ``int8-g64-token``, ``int4-token-clip0.95``."""
-        grid = find_inputs(text)
+        """``int4-token-asym``, ``int8-g64-token``, ``int4-token-clip0.95``; a word without ``token`` is
+        another way's."""
+        grid = find_inputs(text) if "token" in text.split("-") else None
         return cls(grid) if grid is not None and is_cache(grid) and not grid.static else None
 
     @classmethod
