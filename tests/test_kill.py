@@ -17,7 +17,7 @@ from bitmill import mill
 from tests.tiny import make_model, tokens
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["bitmill.mill", "transformers", "tests.tiny"])
+CONTEXT.set_forkserver_preload(["tests.warm", "tests.tiny"])
 RECIPES = {
     "file.gguf": "gptq : q4_0, embed=q8_0 > gguf",
     "folder": "gptq : int4-g32-asym > compressed-tensors",
