@@ -52,8 +52,8 @@ def test_every_way_is_read_as_it_is_packed(text: str, part: str) -> None:
 @pytest.mark.parametrize(
     ("text", "head"),
     [("turboquant-3", 7), ("turboquant-5", 12), ("turboquant-2.25", 48), ("int3-g20-token", 40),
-     ("int4-token", 4), ("int5-channel", 20), ("q5_1", 32), ("q8_0", 96), ("polarquant", 16), ("polarquant", 48),
-     ("turboquant-6-prod", 80), ("fp8-token", 3), ("int8-g24-token-asym", 72)],
+     ("int4-token", 4), ("int5-channel", 20), ("q5_1", 32), ("q8_0", 96), ("polarquant", 16),
+     ("polarquant", 48), ("turboquant-6-prod", 80), ("fp8-token", 3), ("int8-g24-token-asym", 72)],
 )  # fmt: skip
 @pytest.mark.parametrize("tokens", [1, 33])
 def test_heads_of_odd_sizes(text: str, head: int, tokens: int) -> None:
