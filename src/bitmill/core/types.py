@@ -160,6 +160,11 @@ class Problem:
     inputs: InputGrid | None = None
     runs: tuple[tuple[str, int], ...] = ()
 
+    @property
+    def importance(self) -> Tensor | None:
+        """The mean square of each input channel, ``in``; None where nothing was calibrated."""
+        return None if self.moments is None else self.moments.importance
+
 
 class Basis(Protocol):
     """An orthogonal matrix ``R``, or blocks of one, that rows are multiplied by."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bitmill.core.learning import ModelTask, Tuned
+from bitmill.core.learning import ModelSolver, ModelTask, Tuned
 from bitmill.numerics.adam import Adam
 
 CHECKS = 10  # times that progress is judged, and made safe
@@ -18,9 +17,8 @@ WARM = 0.05  # part of the steps in which the rate rises
 RUNAWAY = 4.0  # times the first divergence: not worth going on
 
 
-@dataclass(frozen=True)
-class Distilling:
-    """How it is learned.
+class Distilling(ModelSolver):
+    """A solver that learns so.
 
     Attributes:
         steps: of descent.
@@ -35,6 +33,16 @@ class Distilling:
     seed: int
 
     @property
+    def passes(self) -> int:
+        """Every step makes each weight anew."""
+        return self.steps
+
+    @property
+    def at_once(self) -> int:
+        """A batch."""
+        return self.batch
+
+    @property
     def judgements(self) -> int:
         """At the start, and after each part of the run."""
         return 1 + -(-self.steps // self._every)
@@ -43,7 +51,7 @@ class Distilling:
     def _every(self) -> int:
         return max(1, self.steps // CHECKS)
 
-    def run(self, task: ModelTask) -> Tuned:
+    def tune(self, task: ModelTask) -> Tuned:
         """The best leaves that were met, judged by text of another kind."""
         school = task.schooling
         moved, adam, best, facts = _resumed(task)

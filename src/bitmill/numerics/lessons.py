@@ -39,10 +39,7 @@ class Course:
     ) -> None:
         self._lessons, self._judge, self._windows = lessons, judge, windows
         self._portions = Portions(windows, "windows")
-        self.best = [
-            grid.round(p.weight.float(), None if p.moments is None else p.moments.importance)
-            for p, grid in zip(problems, grids, strict=True)
-        ]
+        self.best = [g.round(p.weight.float(), p.importance) for p, g in zip(problems, grids, strict=True)]
         self.first = self.least = self._judged(self.best)
 
     @classmethod

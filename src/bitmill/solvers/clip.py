@@ -67,8 +67,8 @@ class Clip(Solver):
     def _narrowed(self, problem: Problem, grid: Grid) -> Quantized:
         if not isinstance(grid, ScalarGrid):
             raise ValueError(self.refuses(grid))
-        w, moments = problem.weight.to(torch.float32), problem.moments
-        start = grid.fit(w, None if moments is None else moments.importance)
+        w = problem.weight.to(torch.float32)
+        start = grid.fit(w, problem.importance)
         price = _price(problem, grid.block)
 
         def error(params: Params) -> Tensor:

@@ -11,7 +11,6 @@ from typing import ClassVar, final
 import torch
 
 from bitmill.core.axes import Grid, ScalarGrid
-from bitmill.core.learning import ModelSolver, ModelTask, Tuned
 from bitmill.core.types import Problem, Solution
 from bitmill.numerics.distilling import Distilling
 
@@ -20,7 +19,7 @@ PROBE = (32, 256)  # shape of a trial weight
 
 @final
 @dataclass(frozen=True)
-class LlmQat(ModelSolver):
+class LlmQat(Distilling):
     """Adam on all weights, which are rounded to nearest in every step, their range as wide as they are then:
     nothing is clipped. Rounding is taken as the identity.
 
@@ -70,21 +69,6 @@ class LlmQat(ModelSolver):
         return text
 
     @property
-    def passes(self) -> int:
-        """Every step rounds the weight anew."""
-        return self.steps
-
-    @property
-    def at_once(self) -> int:
-        """A batch."""
-        return self.batch
-
-    @property
-    def judgements(self) -> int:
-        """At the start, and after each part of the run."""
-        return self._how.judgements
-
-    @property
     def weights(self) -> bool:
         """They move."""
         return True
@@ -109,13 +93,5 @@ class LlmQat(ModelSolver):
             reason = self.refuses(grid)
             if reason is not None:
                 raise ValueError(reason)
-        told = [None if p.moments is None else p.moments.importance for p in problems]
-        return [Solution(g.round(p.weight.float(), i)) for p, g, i in zip(problems, grids, told, strict=True)]
-
-    def tune(self, task: ModelTask) -> Tuned:
-        """The best weights that were met, judged by text of another kind."""
-        return self._how.run(task)
-
-    @property
-    def _how(self) -> Distilling:
-        return Distilling(self.steps, self.batch, self.rate, self.seed)
+        pairs = zip(problems, grids, strict=True)
+        return [Solution(grid.round(p.weight.float(), p.importance)) for p, grid in pairs]

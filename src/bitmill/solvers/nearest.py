@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from torch import Tensor
-
 from bitmill.core.axes import Grid, Solver
 from bitmill.core.types import Problem, Solution
 
@@ -35,10 +33,4 @@ class Nearest(Solver):
 
     def solve(self, problems: Sequence[Problem], grids: Sequence[Grid]) -> list[Solution]:
         """The grid's own rounding of each weight."""
-        return [
-            Solution(grid.round(p.weight, _importance(p))) for p, grid in zip(problems, grids, strict=True)
-        ]
-
-
-def _importance(problem: Problem) -> Tensor | None:
-    return None if problem.moments is None else problem.moments.importance
+        return [Solution(g.round(p.weight, p.importance)) for p, g in zip(problems, grids, strict=True)]

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from bitmill.core.axes import Grid
-from bitmill.core.learning import ModelSolver, ModelTask, Tuned
 from bitmill.core.types import Problem, Solution
 from bitmill.numerics.distilling import Distilling
 from bitmill.numerics.moving import moving
@@ -17,7 +16,7 @@ from bitmill.numerics.moving import moving
 
 @final
 @dataclass(frozen=True)
-class Tune(ModelSolver):
+class Tune(Distilling):
     """Adam on everything that is stored beside the codes, by the divergence from the original model.
 
     It stands behind a solver, ``gptq + tune``; alone, behind plain rounding. A step moves each value by
@@ -57,21 +56,6 @@ class Tune(ModelSolver):
         return text
 
     @property
-    def passes(self) -> int:
-        """Every step decodes each weight anew."""
-        return self.steps
-
-    @property
-    def at_once(self) -> int:
-        """A batch."""
-        return self.batch
-
-    @property
-    def judgements(self) -> int:
-        """At the start, and after each part of the run."""
-        return self._how.judgements
-
-    @property
     def weights(self) -> bool:
         """They stay."""
         return False
@@ -95,13 +79,4 @@ class Tune(ModelSolver):
         for grid in grids:
             if not moving(grid):
                 raise ValueError(self.refuses(grid))
-        told = [None if p.moments is None else p.moments.importance for p in problems]
-        return [Solution(grid.round(p.weight, u)) for p, grid, u in zip(problems, grids, told, strict=True)]
-
-    def tune(self, task: ModelTask) -> Tuned:
-        """The best leaves that were met, judged by text of another kind."""
-        return self._how.run(task)
-
-    @property
-    def _how(self) -> Distilling:
-        return Distilling(self.steps, self.batch, self.rate, self.seed)
+        return [Solution(g.round(p.weight, p.importance)) for p, g in zip(problems, grids, strict=True)]
