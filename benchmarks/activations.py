@@ -15,11 +15,19 @@ RECIPES = {
     "W8A8, by token": "nearest : int8-channel-sym, input=int8-token > bitmill",
     "static W8A8": "nearest : int8-channel-sym, input=int8-tensor-static > bitmill",
     "SmoothQuant W8A8, by token": "smoothquant + nearest : int8-channel-sym, input=int8-token > bitmill",
+    "SmoothQuant W8A8, by token, as in the paper": (
+        "smoothquant(alpha=0.5, inner=false) + nearest : int8-channel-sym, input=int8-token > bitmill"
+    ),
+    "SmoothQuant and GPTQ W8A8, by token": (
+        "smoothquant + gptq : int8-channel-sym, input=int8-token > bitmill"
+    ),
+    "Hadamard W8A8, by token": "hadamard(r4=true) + nearest : int8-channel-sym, input=int8-token > bitmill",
     "SmoothQuant static W8A8": "smoothquant + nearest : int8-channel-sym, input=int8-tensor-static > bitmill",
     "LLM.int8()": "nearest : llm-int8, input=llm-int8 > bitmill",
+    "W8A16, GPTQ": "gptq : int8-channel-sym > bitmill",
     "W4A16": "gptq : int4-channel-sym > bitmill",
     "W4A4": "gptq : int4-channel-sym, input=int4-token > bitmill",
-    "Hadamard W4A4": "hadamard + gptq : int4-channel-sym, input=int4-token > bitmill",
+    "Hadamard W4A4": "hadamard(r4=true) + gptq : int4-channel-sym, input=int4-token > bitmill",
 }
 NOTES = """SmolLM2-135M off its 4-bit grid; 64 windows of 512 tokens of Python's manual where anything is
 calibrated. Inputs of all linears of the blocks are rounded while the model is scored, as its runtime would; a

@@ -128,6 +128,7 @@ def test_moments_are_those_of_the_turned_vector(map_: LinearMap, heads: int):
     size = float(wanted.square.max())
     torch.testing.assert_close(got.gram, wanted.gram, rtol=1e-4, atol=1e-5 * size)
     torch.testing.assert_close(got.square, got.gram.diagonal())
+    torch.testing.assert_close(got.sample, wanted.sample, rtol=1e-4, atol=1e-4 * float(h.abs().max()))
     if map_.kind == "orthogonal":
         torch.testing.assert_close(got.magnitude, wanted.magnitude, rtol=0.15, atol=0)
         assert bool((got.absmax > 0.6 * wanted.absmax).all() and (got.absmax < 1.6 * wanted.absmax).all())
@@ -154,4 +155,4 @@ def _moments(h: Tensor) -> Moments:
     wide = h.double()
     sums = (wide.square().sum(0), wide.abs().sum(0), wide.abs().amax(0), wide.T @ wide)
     square, magnitude, absmax, gram = (s.float() for s in sums)
-    return Moments(len(h), square, magnitude, absmax, gram)
+    return Moments(len(h), square, magnitude, absmax, gram, sample=h[::3])

@@ -192,11 +192,12 @@ def test_what_cannot_be_rounded_is_not_run(tmp_path: Path) -> None:
 def test_ranges_follow_the_channels_through_maps_and_sums() -> None:
     low, high = torch.tensor([-1.0, -4.0, 0.0]), torch.tensor([2.0, 3.0, 0.5])
     size = torch.maximum(-low, high)
-    moments = Moments(4, size.square(), size, size, None, low, high)
+    moments = Moments(4, size.square(), size, size, None, low, high, sample=low[None])
     assert [float(v) for v in moments.range or ()] == [-4.0, 3.0]
     mapped = Diagonal(torch.tensor([-2.0, 0.5, 1.0])).moments(moments)
     assert mapped.low is not None and mapped.low.tolist() == [-1.0, -8.0, 0.0]
     assert mapped.high is not None and mapped.high.tolist() == [0.5, 6.0, 0.5]
+    assert mapped.sample is not None and mapped.sample.tolist() == [[0.5, -8.0, 0.0]]
     turned = Permutation(torch.tensor([2, 0, 1])).moments(moments)
     assert turned.low is not None and turned.low.tolist() == [0.0, -1.0, -4.0]
     assert moments.merged(mapped).range == (torch.tensor(-8.0), torch.tensor(6.0))

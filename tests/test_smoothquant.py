@@ -35,7 +35,7 @@ def layer(seed: int = 0) -> tuple[Tensor, list[Tensor]]:
 
 
 def fitted(transform: SmoothQuant, x: Tensor, weights: list[Tensor], inputs: str) -> tuple[Tensor, float]:
-    moments = Moments(TOKENS, x.square().sum(0), x.abs().sum(0), x.abs().amax(0))
+    moments = Moments(TOKENS, x.square().sum(0), x.abs().sum(0), x.abs().amax(0), sample=x[::2])
     grid = parse_inputs(inputs)
     readers = [(Problem(f"w{i}", "q", w, moments, grid), GRID) for i, w in enumerate(weights)]
     map_, gain = transform.fit(SEAM, 0, IN, readers)
@@ -44,11 +44,11 @@ def fitted(transform: SmoothQuant, x: Tensor, weights: list[Tensor], inputs: str
 
 
 def loss(x: Tensor, weights: list[Tensor], scale: Tensor, inputs: str) -> float:
-    """True squared output error of both sides rounded after scaling."""
+    """Squared output error, relative to the output, of both sides rounded after scaling; of all tokens."""
     grid, smooth = parse_inputs(inputs), x / scale
     seen = rounded(grid, smooth[None], fixed_params(grid, smooth.min(), smooth.max(), torch.float32))[0]
-    found = [(seen @ GRID.round(w * scale).dense().T - x @ w.T).square().sum() for w in weights]
-    return float(sum(found))
+    pairs = [(seen @ GRID.round(w * scale).dense().T, x @ w.T) for w in weights]
+    return float(sum(((is_ - was).square().sum(1) / was.square().sum(1)).mean() for is_, was in pairs))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.35, 0.5, 0.85, 1.0])
@@ -62,7 +62,7 @@ def test_it_is_the_papers_formula_channel_by_channel(alpha: float) -> None:
 
 
 @pytest.mark.parametrize("inputs", ["int8-token", "int8-tensor-static", "int4-token"])
-def test_auto_never_expects_a_loss_and_is_near_the_best_exponent(inputs: str) -> None:
+def test_auto_never_loses_on_its_sample_and_is_near_the_best_exponent(inputs: str) -> None:
     x, weights = layer()
     scale, gain = fitted(SmoothQuant("auto"), x, weights, inputs)
     assert gain <= 1
@@ -70,8 +70,8 @@ def test_auto_never_expects_a_loss_and_is_near_the_best_exponent(inputs: str) ->
     plain = loss(x, weights, torch.ones(IN), inputs)
     found = loss(x, weights, scale, inputs)
     assert found < 0.5 * plain
-    assert found < 1.6 * min(losses)
-    assert found / plain == pytest.approx(gain, rel=1.0)  # the model of the error, within a factor of two
+    assert found < 1.1 * min(losses)
+    assert found / plain == pytest.approx(gain, rel=0.2)  # half of the tokens speak for all
 
 
 def test_without_outliers_auto_leaves_nearly_everything() -> None:

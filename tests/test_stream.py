@@ -1,6 +1,7 @@
 """Blocks streamed one by one compute what transformers computes whole, for every family."""
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bitmill.calibrate.crew import Crew
-from bitmill.calibrate.moments import MomentSum, load_moments, save_moments
+from bitmill.calibrate.moments import MomentSum, Sampled, load_moments, save_moments
 from bitmill.calibrate.stream import Stream
 from bitmill.core.errors import BadFile, Refused, Unsolvable
+from bitmill.core.types import SAMPLE, Moments
 from bitmill.source import open_source
 from tests.tiny import CONFIGS, make_model, tokens
 
@@ -103,12 +105,37 @@ def test_moments_equal_the_plain_sums_and_merge(tmp_path: Path) -> None:
     assert torch.equal(both.gram, both.gram.T)
     assert torch.allclose(both.importance, x.square().mean(0), atol=1e-5)
     assert torch.allclose(both.absmax, x.abs().amax(0))
+    assert both.sample is not None and 128 < len(both.sample) <= SAMPLE
     path = tmp_path / "m.safetensors"
     save_moments(path, {"a": both, "b": both}, {"source": "s"})
     loaded, facts = load_moments(path)
     assert facts == {"source": "s"}
     assert loaded["a"] is loaded["b"]
     assert loaded["a"].gram is not None and torch.equal(loaded["a"].gram, both.gram)
+    assert loaded["a"].sample is not None and torch.equal(loaded["a"].sample, both.sample)
+
+
+def test_a_sample_is_spread_evenly_and_does_not_depend_on_how_the_stream_is_cut() -> None:
+    x = torch.arange(64 * 512.0)[:, None]
+    whole, cut = Sampled(1, x.device), Sampled(1, x.device)
+    whole.add(x, 0)
+    for start in range(0, len(x), 700):
+        cut.add(x[start : start + 700], start)
+    assert torch.equal(whole.rows, cut.rows)
+    assert SAMPLE / 2 <= len(whole.rows) <= SAMPLE
+    gaps = whole.rows[:, 0].diff()
+    assert gaps.min() > 0 and gaps.max() < 4 * len(x) / len(whole.rows)
+    inside = (whole.rows[:, 0] % 512 / 128).long().bincount()  # quarters: out of step with windows
+    assert inside.min() > len(whole.rows) / 5
+
+
+def test_joined_samples_are_as_large_as_one_and_have_of_both() -> None:
+    one, other = (Moments(400, torch.ones(1), sample=torch.full((200, 1), v)) for v in (1.0, 2.0))
+    joined = one.merged(other).sample
+    assert joined is not None and len(joined) == SAMPLE
+    assert (joined == 1).sum() == SAMPLE / 2
+    short = replace(one, sample=torch.ones(3, 1)).merged(replace(other, sample=torch.ones(4, 1))).sample
+    assert short is not None and len(short) == 7
 
 
 def test_moments_refuse_what_is_not_finite_and_files_that_are_not_theirs(tmp_path: Path) -> None:

@@ -371,6 +371,13 @@ def _refuse_foreign_moments(
         raise Refused(
             "these moments hold no Gram matrices, and the recipe needs them", fix="take them again with gptq"
         )
+    transforms = zip(made.recipe.transforms, made.recipe.make_transforms(), strict=True)
+    seeing = [call.name for call, transform in transforms if transform.needs == "diagonal"]
+    if seeing and any(known[row.name].sample is None for row in made.rows if row.solved):
+        raise Refused(
+            f"these moments hold none of the inputs themselves, and {seeing[0]} goes by them",
+            fix="take them again with this recipe and --save-moments",
+        )
     for row in made.rows:
         moments = known.get(row.name)
         fixed = row.inputs.fixed if row.inputs is not None and moments is not None else ()

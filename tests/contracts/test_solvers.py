@@ -36,7 +36,7 @@ def _moments(seed: int = 0) -> Moments:
     mix = torch.randn(IN, IN, generator=rng) * torch.logspace(0, -2, IN)[:, None]
     x = torch.randn(TOKENS, IN, generator=rng) @ mix + 0.05 * torch.randn(TOKENS, IN, generator=rng)
     x[:, 7] *= 20
-    return Moments(TOKENS, x.square().sum(0), x.abs().sum(0), x.abs().amax(0), x.T @ x)
+    return Moments(TOKENS, x.square().sum(0), x.abs().sum(0), x.abs().amax(0), x.T @ x, sample=x[::2])
 
 
 def _weight(seed: int = 1, out: int = OUT) -> Tensor:

@@ -19,10 +19,35 @@ from torch import Tensor
 
 from bitmill.calibrate.crew import Crew
 from bitmill.core.errors import BadFile, Refused, Unsolvable
-from bitmill.core.types import Basis, Moments
+from bitmill.core.types import SAMPLE, Basis, Moments
 
 FILE_KIND = "bitmill-moments-1"
+GOLDEN = (5**0.5 - 1) / 2
 _PANEL = 192  # rows at most: wider ones lose more to what is done twice than thin products cost
+
+
+class Sampled:
+    """Rows that are kept of a stream, :data:`SAMPLE` at most, however it is cut into parts.
+
+    Row ``i`` stays while the fractional part of ``i φ`` is small enough: that is spread evenly over any
+    stretch, and never in step with windows.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.rows = torch.zeros(0, width, device=device)
+        self._places = torch.zeros(0, dtype=torch.float64)
+        self._limit = 1.0
+
+    def add(self, x: Tensor, before: int) -> None:
+        """``n width`` rows that follow ``before`` others."""
+        places = torch.arange(before, before + len(x), dtype=torch.float64) * GOLDEN % 1
+        new = torch.nonzero(places < self._limit)[:, 0]
+        self.rows = torch.cat([self.rows, x[new.to(x.device)].float()])
+        self._places = torch.cat([self._places, places[new]])
+        while len(self.rows) > SAMPLE:
+            self._limit /= 2
+            keep = torch.nonzero(self._places < self._limit)[:, 0]
+            self.rows, self._places = self.rows[keep.to(self.rows.device)], self._places[keep]
 
 
 @dataclass
@@ -54,6 +79,7 @@ class MomentSum:
         self._gram = self._zeros(self.width, self.width) if self.gram else None
         self._low = self._high = None if not self.signed else self._zeros(self.width)
         self._cross = self._zeros(self.width, self.width) if self.cross else None
+        self._sample = None if not self.extremes else Sampled(self.width, self.device)
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.float32, device=self.device)
@@ -82,6 +108,8 @@ class MomentSum:
                 self._cross.addmm_((self._seen(original) - x).T, x)
 
     def _add_sums(self, x: Tensor) -> None:
+        if self._sample is not None:
+            self._sample.add(x, self.tokens)
         self.tokens += x.shape[0]
         if self._magnitude is not None and self._absmax is not None:
             magnitude = x.abs()
@@ -118,7 +146,15 @@ class MomentSum:
             _mirror(gram)
             square = gram.diagonal().clone()
         return Moments(
-            self.tokens, square, self._magnitude, self._absmax, gram, self._low, self._high, self._cross
+            self.tokens,
+            square,
+            self._magnitude,
+            self._absmax,
+            gram,
+            self._low,
+            self._high,
+            self._cross,
+            None if self._sample is None else self._sample.rows,
         )
 
 
@@ -177,6 +213,7 @@ def save_moments(path: Path, moments: Mapping[str, Moments], facts: Mapping[str,
                 "low": record.low,
                 "high": record.high,
                 "cross": record.cross,
+                "sample": record.sample,
             }
             tensors[f"{key}/tokens"] = torch.tensor(record.tokens)
             tensors.update({f"{key}/{n}": part.contiguous() for n, part in parts.items() if part is not None})
@@ -205,9 +242,9 @@ def load_moments(path: Path) -> tuple[dict[str, Moments], dict[str, str]]:
 
 
 def _record(file: safe_open, key: str, stored: Set[str]) -> Moments:
-    magnitude, absmax, gram, low, high, cross = (
+    magnitude, absmax, gram, low, high, cross, sample = (
         file.get_tensor(f"{key}/{part}") if f"{key}/{part}" in stored else None
-        for part in ("magnitude", "absmax", "gram", "low", "high", "cross")
+        for part in ("magnitude", "absmax", "gram", "low", "high", "cross", "sample")
     )
     tokens, square = (file.get_tensor(f"{key}/{part}") for part in ("tokens", "square"))
-    return Moments(int(tokens), square, magnitude, absmax, gram, low, high, cross)
+    return Moments(int(tokens), square, magnitude, absmax, gram, low, high, cross, sample)

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from bitmill.core.inputs import InputGrid
 
+SAMPLE = 256
+"""Inputs of a layer that are kept as they are, at most."""
+
 if TYPE_CHECKING:
     from bitmill.core.axes import Grid
 
@@ -86,6 +89,8 @@ class Moments:
         low, high: smallest and largest ``x`` a channel, ``in``; absent unless a zero point is to be fixed.
         cross: sum of ``(x̃ - x) xᵀ``, ``in in``, where ``x̃`` is the same token's input in the original model
             and ``x`` behind blocks that are quantized already; absent when no solver needs it.
+        sample: :data:`SAMPLE` of the inputs themselves at most, spread evenly, ``n in``; absent as
+            ``magnitude`` is.
     """
 
     tokens: int
@@ -96,6 +101,7 @@ class Moments:
     low: Tensor | None = None
     high: Tensor | None = None
     cross: Tensor | None = None
+    sample: Tensor | None = None
 
     @property
     def importance(self) -> Tensor:
@@ -113,6 +119,7 @@ class Moments:
             _both(torch.minimum, self.low, other.low),
             _both(torch.maximum, self.high, other.high),
             _both(torch.add, self.cross, other.cross),
+            _both(_thinned, self.sample, other.sample),
         )
 
     @property
@@ -122,6 +129,11 @@ class Moments:
         if self.low is not None and self.high is not None:
             return self.low.min(), self.high.max()
         return None if self.absmax is None else (-self.absmax.max(), self.absmax.max())
+
+
+def _thinned(one: Tensor, other: Tensor) -> Tensor:
+    both = torch.cat([one, other])
+    return both[torch.arange(min(SAMPLE, len(both))) * len(both) // min(SAMPLE, len(both))]
 
 
 def _both(

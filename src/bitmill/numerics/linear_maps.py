@@ -58,7 +58,8 @@ class Diagonal(LinearMap):
         low, high = (None if v is None else v / scale for v in (moments.low, moments.high))
         if low is not None and high is not None:
             low, high = torch.minimum(low, high), torch.maximum(low, high)
-        return Moments(moments.tokens, square, magnitude, absmax, gram, low, high, cross)
+        sample = None if moments.sample is None else moments.sample / scale
+        return Moments(moments.tokens, square, magnitude, absmax, gram, low, high, cross, sample)
 
     def _over(self, width: int) -> Tensor:
         return self.scale.repeat(_chunks(width, self.scale.shape[0]))
@@ -135,7 +136,9 @@ class Permutation(LinearMap):
         gram, cross = (None if m is None else m[index][:, index] for m in (moments.gram, moments.cross))
         known = (moments.magnitude, moments.absmax, moments.low, moments.high)
         magnitude, absmax, low, high = (None if v is None else v[index] for v in known)
-        return Moments(moments.tokens, moments.square[index], magnitude, absmax, gram, low, high, cross)
+        sample = None if moments.sample is None else moments.sample[:, index]
+        square = moments.square[index]
+        return Moments(moments.tokens, square, magnitude, absmax, gram, low, high, cross, sample)
 
     def _over(self, width: int) -> Tensor:
         one = len(self.index)
@@ -166,8 +169,8 @@ class _Rotation(LinearMap):
         return self.turn_back(weight.double()).float()
 
     def moments(self, moments: Moments) -> Moments:
-        """Gram and squares are exact (without a Gram, squares hold for uncorrelated channels). A rotated
-        channel mixes many, so its magnitude and largest value are those of a Gaussian of that variance."""
+        """Gram, squares and sample are exact (without a Gram, squares hold for uncorrelated channels). A
+        rotated channel mixes many: its magnitude and largest value are those of a Gaussian of that size."""
         gram = moments.square.diag() if moments.gram is None else moments.gram
         turned = self.turn(self.turn(gram.double()).T)
         turned = ((turned + turned.T) / 2).float()
@@ -179,6 +182,7 @@ class _Rotation(LinearMap):
             square,
             deviation * (tokens * math.sqrt(2 / math.pi)),
             deviation * math.sqrt(2 * math.log(tokens) + 1),
+            sample=None if moments.sample is None else self.turn(moments.sample.double()).float(),
         )
         if moments.gram is None:
             return known

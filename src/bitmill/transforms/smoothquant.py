@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 
 from bitmill.core.axes import Grid, LinearMap, Seam, Transform
-from bitmill.core.inputs import InputGrid
 from bitmill.core.types import Moments, Problem
-from bitmill.numerics.floats import ELEMENTS
+from bitmill.numerics.inputs import fixed_params, rounded
 from bitmill.numerics.linear_maps import Diagonal
 
 _SMALLEST = 1e-5  # of a channel's largest input or weight, as in the authors' code
 _WIDEST = 1e4  # of a factor and its inverse: what a norm's weight in half precision can take
-_EIGHTH = 105  # mean of the eighth power of a standard normal number
-_RELATIVE = 0.045  # mean of (rounding error / value)² for a float without mantissa bits; 4 times less a bit
+_TINY = 1e-30  # an output's square, at least
 
 
 @final
@@ -28,23 +26,22 @@ _RELATIVE = 0.045  # mean of (rounding error / value)² for a float without mant
 class SmoothQuant(Transform):
     """The diagonal ``s = max|x|ᵅ / max|w|¹⁻ᵅ``, over all weights that read the channel.
 
-    With ``alpha=auto`` each seam takes the exponent with the least expected output error, "no scaling" among
-    the candidates. The expectation is a model, from each channel's mean square and largest value alone: the
-    weights' part is that of plain rounding, on some rows, with channels taken as uncorrelated; the inputs'
-    part takes rounding errors as uniform and independent, and as a token's largest value the eighth root of
-    the sum of all channels' eighth powers, were they Gaussian. Without ``input=`` in the recipe the inputs'
-    part is nothing, and scaling has little to win.
+    With ``alpha=auto`` each seam takes the exponent with the least output error, "no scaling" among the
+    candidates: that of a sample of its inputs, against some rows of its weights, both rounded as the recipe
+    says, each token's error taken relative to its output. Without ``input=`` in the recipe only weights are
+    rounded, and scaling has little to win.
 
     Attributes:
-        alpha: how much moves from inputs to weights, 0 to 1, or ``auto``.
-        inner: also where the norms do not write: the inputs of o and down (as QServe smooths outputs).
+        alpha: how much moves from inputs to weights, 0 to 1 (the paper has 0.5), or ``auto``.
+        inner: also where the norms do not write: the inputs of o and down (as QServe smooths outputs); the
+            paper leaves these.
         norms: where the norms write; without, ``inner`` alone, for a stream that is rotated already.
         grid_points: steps between 0 and 1 that ``auto`` tries.
-        rows: of each weight that the expected error is taken on.
+        rows: of each weight that the error is taken on.
     """
 
-    alpha: float | str = 0.5
-    inner: bool = False
+    alpha: float | str = "auto"
+    inner: bool = True
     grid_points: int = 20
     rows: int = 64
     norms: bool = True
@@ -73,24 +70,24 @@ class SmoothQuant(Transform):
     def fit(
         self, seam: Seam, layer: int | None, width: int, readers: Sequence[tuple[Problem, Grid]]
     ) -> tuple[LinearMap, float | None]:
-        """The diagonal and its expected error relative to none; at most 1 with ``auto``."""
+        """The diagonal and the error with it relative to that with none; at most 1 with ``auto``."""
         moments = readers[0][0].moments
-        if moments is None or moments.absmax is None:
-            raise ValueError(f"no largest inputs for {readers[0][0].name}")
+        if moments is None or moments.absmax is None or moments.sample is None:
+            raise ValueError(f"no inputs of {readers[0][0].name} to go by")
         loud = moments.absmax
         heavy = torch.stack([problem.weight.abs().amax(0) for problem, _ in readers]).amax(0)
         few = [(Problem(p.name, p.role, self._sample(p.weight), moments, p.inputs), g) for p, g in readers]
-        plain = _expected(torch.ones_like(loud), few, moments)
+        plain = _error(torch.ones_like(loud), few, moments)
         if self.alpha != "auto":
             scale = smoothing(loud, heavy, float(self.alpha))
-            return Diagonal(scale), _expected(scale, few, moments) / max(plain, 1e-30)
+            return Diagonal(scale), _error(scale, few, moments) / max(plain, _TINY)
         best, scale = plain, torch.ones_like(loud)
         for k in range(self.grid_points + 1):
             candidate = smoothing(loud, heavy, k / self.grid_points)
-            error = _expected(candidate, few, moments)
+            error = _error(candidate, few, moments)
             if error < best:
                 best, scale = error, candidate
-        return Diagonal(scale), best / max(plain, 1e-30)
+        return Diagonal(scale), best / max(plain, _TINY)
 
     def _sample(self, weight: Tensor) -> Tensor:
         """Every n-th row, at most :attr:`rows` of them."""
@@ -103,31 +100,18 @@ def smoothing(loud: Tensor, heavy: Tensor, alpha: float) -> Tensor:
     return (loud**alpha / heavy ** (1 - alpha)).clamp(1 / _WIDEST, _WIDEST)
 
 
-def _expected(scale: Tensor, readers: Sequence[tuple[Problem, Grid]], moments: Moments) -> float:
-    """Expected squared error of the readers' outputs, a token, when both sides are scaled and rounded."""
-    square = moments.importance / scale.square()
-    total = 0.0
+def _error(scale: Tensor, readers: Sequence[tuple[Problem, Grid]], moments: Moments) -> float:
+    """Squared error of the readers' outputs relative to their squares, over the sample, when both sides are
+    scaled and rounded."""
+    assert moments.sample is not None and moments.absmax is not None
+    x, total = moments.sample, 0.0
+    peak = (moments.absmax / scale).max()
     for problem, grid in readers:
-        scaled = problem.weight * scale
-        value = grid.round(scaled).dense()
-        total += float(((value - scaled).square() @ square).sum())
-        if problem.inputs is not None and moments.absmax is not None:
-            total += float((value.square() @ _noise(problem.inputs, square, moments.absmax / scale)).sum())
+        inputs, smooth = problem.inputs, x / scale
+        if inputs is not None:
+            fixed = fixed_params(inputs, -peak, peak, torch.float32)
+            smooth = rounded(inputs, smooth[:, None], fixed)[:, 0]
+        wanted = x @ problem.weight.T
+        error = smooth @ grid.round(problem.weight * scale).dense().T - wanted
+        total += float((error.square().sum(1) / wanted.square().sum(1).clamp_min(_TINY)).mean())
     return total if math.isfinite(total) else math.inf
-
-
-def _noise(inputs: InputGrid, square: Tensor, absmax: Tensor) -> Tensor:
-    """Expected squared rounding error of each input channel (``in``), from its mean square and its largest
-    value. No error exceeds the value itself: what is far below a step becomes 0."""
-    if inputs.extent == "tensor":
-        peak = absmax.max()
-    else:
-        groups = square.reshape(-1, inputs.group or len(square)).double()
-        largest = (_EIGHTH * groups.pow(4).sum(1, keepdim=True)) ** 0.125
-        peak = largest.float().expand_as(groups).reshape(-1)
-    if inputs.element == "int":
-        step = peak / ((2**inputs.bits - 1) / 2)
-        return torch.minimum(step.square() / 12, square)
-    element = ELEMENTS[inputs.element]
-    step = peak / element.largest * 2.0 ** (element.lowest - element.mantissa)
-    return torch.minimum(torch.maximum(square * _RELATIVE / 4**element.mantissa, step.square() / 12), square)
