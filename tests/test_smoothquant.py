@@ -111,7 +111,7 @@ def test_options_that_mean_nothing_are_refused() -> None:
             parse(f"smoothquant({options}) + nearest : int8-channel-sym")
     assert SmoothQuant(inner=True, norms=False).seams() == ("value", "mlp_mid")
     with pytest.raises(BadRecipe, match="inner"):
-        parse("smoothquant(norms=false) + nearest : int8-channel-sym")
+        parse("smoothquant(norms=false, inner=false) + nearest : int8-channel-sym")
     assert SmoothQuant(inner=True).seams() == ("attn_in", "value", "mlp_in", "mlp_mid")
     assert str(parse("smoothquant(alpha=auto) + nearest : int8-channel-sym, input=int8-token")).startswith(
         "smoothquant(alpha=auto)"

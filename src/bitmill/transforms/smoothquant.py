@@ -51,7 +51,7 @@ class SmoothQuant(Transform):
 
     def __post_init__(self) -> None:
         if not (self.norms or self.inner):
-            raise ValueError("norms=false leaves nothing but inner=true")
+            raise ValueError("norms=false and inner=false leave nothing")
         if self.alpha != "auto" and not (isinstance(self.alpha, float | int) and 0 <= self.alpha <= 1):
             raise ValueError(f"alpha {self.alpha!r} is neither between 0 and 1 nor auto")
         if self.grid_points < 1 or self.rows < 1:
