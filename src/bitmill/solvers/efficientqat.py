@@ -11,20 +11,17 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from bitmill.core.axes import Grid, ScalarGrid
-from bitmill.core.learning import BlockSolver, BlockTask
-from bitmill.core.types import Problem, Quantized, Solution
+from bitmill.core.types import Quantized
 from bitmill.numerics.adam import Adam
 from bitmill.numerics.learned import STEEPEST, Learned
-from bitmill.numerics.lessons import CHECKS, JUDGES, Course
+from bitmill.numerics.taught import Move, Taught
 
 FLOOR = 0.05  # the rate ends at this part of where it starts
-TRAINED = "trained block"
 
 
 @final
 @dataclass(frozen=True)
-class EfficientQat(BlockSolver):
+class EfficientQat(Taught):
     """Adam on all weights of a block, rounded in every step, with rounding taken as the identity.
 
     Unlike :class:`AutoRound <bitmill.solvers.autoround.AutoRound>` a weight may go as far as the gradient
@@ -50,6 +47,7 @@ class EfficientQat(BlockSolver):
     seed: int = 0
 
     needs: ClassVar[str] = "diagonal"
+    lesson: ClassVar[str] = "trained block"
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1:
@@ -59,74 +57,28 @@ class EfficientQat(BlockSolver):
         if not 0 <= self.amplitude <= STEEPEST:
             raise ValueError(f"amplitude is from 0 to {STEEPEST:.4f}, not {self.amplitude}")
 
-    def refuses(self, grid: Grid) -> str | None:
-        """Only grids of scalars have steps to train by."""
-        if isinstance(grid, ScalarGrid):
-            return None
-        return f"{grid} has no steps to train by; use gptq"
+    def mover(self, start: Sequence[Learned]) -> Move:
+        """By Adam, on weights and both ends of their ranges."""
+        adam = Adam.of({key: v for at, one in enumerate(start) for key, v in _trained(at, one).items()})
 
-    def prefers(self, text: str) -> str:
-        """Names are taken as they are."""
-        return text
-
-    @property
-    def passes(self) -> int:
-        """Every step rounds the weight anew."""
-        return self.steps
-
-    @property
-    def windows_run(self) -> int:
-        """Taught, and judged."""
-        return self.steps * self.batch + (CHECKS + 1) * JUDGES // 2
-
-    def solve(self, problems: Sequence[Problem], grids: Sequence[Grid]) -> list[Solution]:
-        """Each weight by itself, from the error of its own output: what its moments say of it.
-
-        Raises:
-            ValueError: a grid that :meth:`refuses` names.
-        """
-        found = []
-        for problem, grid in zip(problems, grids, strict=True):
-            course = Course.of_layer(problem, grid)
-            self._train([problem], course)
-            found.append(Solution(course.best[0], course.notes(problem.name, TRAINED)))
-        return found
-
-    def learn(self, task: BlockTask) -> list[Solution]:
-        """All weights of a block together.
-
-        Raises:
-            ValueError: a grid that :meth:`refuses` names.
-        """
-        course = Course.of_block(task, self.batch, self.seed)
-        self._train(task.problems, course)
-        notes = course.notes(task.name, TRAINED)
-        return [Solution(one, notes if not at else ()) for at, one in enumerate(course.best)]
-
-    def _train(self, problems: Sequence[Problem], course: Course) -> None:
-        state = [self._start(p, q) for p, q in zip(problems, course.best, strict=True)]
-        adam = Adam.of({key: v for at, one in enumerate(state) for key, v in _trained(at, one).items()})
-        every = max(1, self.steps // CHECKS)
-        for step in range(self.steps):
-            quantized = [one.quantized(one.params()) for one in state]
-            if step % every == 0 and step:
-                course.offer(quantized)
-            values = [q.dense() for q in quantized]
-            gradients = course.gradients(values)
-            if gradients is None:
-                break  # what was best so far stays
+        def move(
+            step: int,
+            state: Sequence[Learned],
+            quantized: Sequence[Quantized],
+            values: Sequence[Tensor],
+            gradients: Sequence[Tensor | None],
+        ) -> list[Learned]:
+            nonlocal adam
             slopes: dict[str, Tensor] = {}
             for at, (one, g, value, q) in enumerate(zip(state, gradients, values, quantized, strict=True)):
                 if g is not None:
-                    keys = _trained(at, one)
-                    by = one.slopes(g, value.detach(), q.params, self.amplitude)
-                    slopes |= dict(zip(keys, by, strict=True))
+                    by = one.slopes(g, value, q.params, self.amplitude)
+                    slopes |= dict(zip(_trained(at, one), by, strict=True))
             adam = adam.seen(slopes)
-            state = [
-                self._moved(at, one, q, adam, step)
-                for at, (one, q) in enumerate(zip(state, quantized, strict=True))
-            ]
-        course.offer([one.quantized(one.params()) for one in state])
+            pairs = zip(state, quantized, strict=True)
+            return [self._moved(at, one, q, adam, step) for at, (one, q) in enumerate(pairs)]
+
+        return move
 
     def _moved(self, at: int, one: Learned, now: Quantized, adam: Adam, step: int) -> Learned:
         weight, high, low = (adam.direction(key) for key in _trained(at, one))
@@ -135,11 +87,6 @@ class EfficientQat(BlockSolver):
         start = self.rate or min(3 / self.steps, 0.02)
         rate = start * (FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * step / self.steps)) / 2)
         return one.trained(weight, high, low, now.params, rate)
-
-    def _start(self, problem: Problem, rounded: Quantized) -> Learned:
-        if not isinstance(rounded.grid, ScalarGrid):
-            raise ValueError(self.refuses(rounded.grid))
-        return Learned.of(problem.weight.float(), rounded.grid, rounded.params)
 
 
 def _trained(at: int, one: Learned) -> dict[str, Tensor]:
