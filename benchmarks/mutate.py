@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bitmill.checkpoint.gguf_write import Planned, encoded, head
@@ -119,7 +120,7 @@ def _disturb(entries: dict[str, Any], random_: random.Random) -> None:
     names = list(entries)
     kind = random_.randrange(6)
     if not names or kind == 0:
-        entries[random_.choice(("", "a", "__metadata__", "x" * 200, "\0", "é"))] = random_.choice(NUMBERS)
+        entries[random_.choice(("", "a", "__metadata__", "x" * 200, "\0", "é"))] = _value(random_, NUMBERS)
         return
     entry = entries[random_.choice(names)]
     if kind == 1:
@@ -128,8 +129,13 @@ def _disturb(entries: dict[str, Any], random_: random.Random) -> None:
         key = random_.choice(list(entry))
         value = entry[key]
         if isinstance(value, list) and value and random_.random() < 0.8:
-            value[random_.randrange(len(value))] = random_.choice(NUMBERS)
+            value[random_.randrange(len(value))] = _value(random_, NUMBERS)
         else:
-            entry[key] = random_.choice((*NUMBERS, "F32", "F4", "BF16", [1 << 62] * 8, [0] * 2000))
+            entry[key] = _value(random_, (*NUMBERS, "F32", "F4", "BF16", [1 << 62] * 8, [0] * 2000))
     elif isinstance(entry, dict):
-        entry[random_.choice(("dtype", "shape", "data_offsets", "more"))] = random_.choice(NUMBERS)
+        entry[random_.choice(("dtype", "shape", "data_offsets", "more"))] = _value(random_, NUMBERS)
+
+
+def _value(random_: random.Random, values: Sequence[Any]) -> Any:
+    """One of them, as a copy: a list that a later change goes into must not be everybody's."""
+    return copy.deepcopy(random_.choice(values))
