@@ -251,3 +251,9 @@ def test_without_ray_the_option_says_how(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(Refused, match="pip install ray"):
         next(on_ray([], "local"))
+
+
+def test_a_cluster_that_does_not_answer_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", object())
+    with pytest.raises(Refused, match="no Ray cluster at '127.0.0.1:1'"):
+        next(on_ray([], "127.0.0.1:1"))

@@ -15,7 +15,7 @@ from bitmill.core.errors import Refused
 from bitmill.core.learning import BlockSolver
 from bitmill.core.types import Row
 
-BASE_BYTES = 450 << 20  # an interpreter with torch, transformers and numba loaded
+BASE_BYTES = 400 << 20  # an interpreter with torch, transformers and numba loaded
 PLAIN_BYTES = 300 << 20  # the same where no model runs: none of its classes is loaded
 STAGED_BYTES = 5 << 28  # 1.25 GiB of activations may be alive at once in a one-pass walk
 MICRO_TOKENS = 4096  # of a forward pass: enough for full speed, few enough to stay in cache

@@ -28,7 +28,7 @@ from bitmill.sweep.planned import Forecast, LeftOut, Placed, forecast, grouped, 
 from bitmill.sweep.result import WORK, Result, difference, kept
 from bitmill.sweep.tiers import Tier, tiers
 from bitmill.sweep.words import MATRIX, named, sweep_command, tier_command
-from bitmill.sweep.workers import in_processes, on_ray, one_by_one
+from bitmill.sweep.workers import in_processes, on_ray, one_by_one, refuse_cluster
 
 SWEEP = "sweep.json"
 
@@ -167,10 +167,12 @@ def sweep(
         note: told in a sentence what was taken over.
 
     Raises:
-        Refused: an output is there that this sweep did not make.
+        Refused: an output is there that this sweep did not make; there is no such cluster.
         Interrupted: a clean stop; the same sweep goes on.
     """
     began = time.monotonic()
+    if asked.ray is not None:
+        refuse_cluster(asked.ray)
     how, source = asked.measuring, found.source
     corpus = text_windows(source, how.texts, how.protocol)
     keys = {p.tier.file: key_of(p, asked.drawn, how, corpus, source.digest) for p in found.placed}

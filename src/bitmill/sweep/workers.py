@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -13,6 +14,8 @@ from bitmill.core.errors import Interrupted, Refused
 from bitmill.journal import RESUME
 from bitmill.sweep.errand import Errand, Progress, carry
 from bitmill.sweep.result import Result
+
+PATIENCE = 5.0  # seconds for a cluster to answer
 
 Carry = Callable[[Errand], tuple[Result, ...]]
 
@@ -51,13 +54,9 @@ def on_ray(errands: Sequence[Errand], address: str) -> Iterator[tuple[Result, ..
     Raises:
         Refused: Ray is not installed, or there is no such cluster.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise Refused(
-            "--ray needs Ray, which is not installed",
-            fix="pip install ray, or --jobs N for processes of this machine",
-        ) from error
+    refuse_cluster(address)
+    import ray
+
     kind, _, count = address.partition(":")
     local = kind == "local"
     workers = int(count) if local and count.isdecimal() and int(count) else os.cpu_count() or 1
@@ -82,6 +81,35 @@ def on_ray(errands: Sequence[Errand], address: str) -> Iterator[tuple[Result, ..
                 yield ray.get(one)
     finally:
         ray.shutdown()
+
+
+def refuse_cluster(address: str) -> None:
+    """Refuse what :func:`on_ray` could only find out after the first work is done.
+
+    Raises:
+        Refused: Ray is not installed, or nothing answers at that address.
+    """
+    try:
+        import ray  # noqa: F401
+    except ImportError as error:
+        raise Refused(
+            "--ray needs Ray, which is not installed",
+            fix="pip install ray, or --jobs N for processes of this machine",
+        ) from error
+    if not _answers(address):
+        raise Refused(f"there is no Ray cluster at {address!r}", fix="--ray local starts one on this machine")
+
+
+def _answers(address: str) -> bool:
+    """Whether something listens there, if a host and a port are named: Ray itself would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not (colon and port.isdecimal()):
+        return True
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
+    except (OSError, OverflowError):
+        return False
+    return True
 
 
 def abroad(errand: Errand) -> Errand:
