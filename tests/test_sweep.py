@@ -20,7 +20,7 @@ from bitmill.sweep.errand import Drawn, Measuring
 from bitmill.sweep.front import Point, largest_within, standings
 from bitmill.sweep.result import kept, losses_path, result_path
 from bitmill.sweep.tiers import LADDERS, stem, takes_matrix, tiers
-from bitmill.sweep.workers import abroad, on_ray
+from bitmill.sweep.workers import abroad, on_ray, refuse_cluster
 
 PROTOCOL = Protocol(window=32, count=2)
 RECIPES = ("Q8_0", "Q4_0", "nearest : int4-g32 > gptq")
@@ -257,3 +257,5 @@ def test_a_cluster_that_does_not_answer_is_refused_at_once(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "ray", object())
     with pytest.raises(Refused, match="no Ray cluster at '127.0.0.1:1'"):
         next(on_ray([], "127.0.0.1:1"))
+    for here in ("local", "local:2", "auto"):
+        refuse_cluster(here)

@@ -103,7 +103,7 @@ def refuse_cluster(address: str) -> None:
 def _answers(address: str) -> bool:
     """Whether something listens there, if a host and a port are named: Ray itself would try for minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if not (colon and port.isdecimal()):
+    if host == "local" or not (colon and port.isdecimal()):
         return True
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
