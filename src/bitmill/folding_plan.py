@@ -198,11 +198,10 @@ def _refuse(
     scaling = next((t for t in transforms if t.needs != "nothing" and _MIDDLE & set(t.seams())), None)
     if space == DOWN and scaling is not None:
         call = recipe.transforms[transforms.index(scaling)]
-        leaves = hasattr(scaling, "inner")
         raise Refused(
             f"{call} fits the channels of down's inputs, and r4 mixes them",
             where=row.name,
-            fix=f"{call.name}(inner=false), which leaves them; or drop one" if leaves else "drop one",
+            fix="drop one; smoothquant(inner=false) leaves them",
         )
     if space == DOWN and recipe.tune is not None:
         raise Refused(
