@@ -61,8 +61,9 @@ def test_from_pretrained(
         else:
             assert torch.equal(getattr(layer, part).float(), wanted), row.name
         reference.get_parameter(row.name).copy_(wanted)
-    x = tokens(2, 24)
-    assert torch.equal(model(x).logits, reference(x).logits)
+    found, wanted = (m(tokens(2, 24)).logits for m in (model, reference))
+    # hqq adds a bias after its product, torch often within it: one rounding more.
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
 
 
 def test_text_is_generated(tmp_path: Path) -> None:
