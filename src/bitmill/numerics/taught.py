@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
@@ -14,11 +15,26 @@ from bitmill.core.types import Problem, Quantized, Solution
 from bitmill.numerics.learned import Learned
 from bitmill.numerics.lessons import CHECKS, JUDGES, Course
 
-Move = Callable[
-    [int, Sequence[Learned], Sequence[Quantized], Sequence[Tensor], Sequence[Tensor | None]], list[Learned]
-]
-"""Where weights are after a step: its number, the weights, what they are on their grids, the values of that,
-and the loss's gradients by these values."""
+
+@dataclass(frozen=True)
+class Rounded:
+    """A weight in the midst of its course.
+
+    Attributes:
+        learned: where it is.
+        quantized: what it is on its grid.
+        value: of that, [rows, columns].
+        gradient: the loss's by these values; None where the loss does not depend on them.
+    """
+
+    learned: Learned
+    quantized: Quantized
+    value: Tensor
+    gradient: Tensor | None
+
+
+Move = Callable[[int, Sequence[Rounded]], list[Learned]]
+"""Where weights go in a step, which has a number."""
 
 
 class Taught(BlockSolver):
@@ -94,7 +110,8 @@ class Taught(BlockSolver):
             gradients = course.gradients(values)
             if gradients is None:
                 break  # what was best so far stays
-            state = move(step, state, quantized, [value.detach() for value in values], gradients)
+            rounded = zip(state, quantized, values, gradients, strict=True)
+            state = move(step, [Rounded(one, q, value.detach(), g) for one, q, value, g in rounded])
         course.offer([one.quantized(one.params()) for one in state])
 
     def _start(self, problem: Problem, rounded: Quantized) -> Learned:

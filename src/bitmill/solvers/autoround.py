@@ -7,11 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from torch import Tensor
-
-from bitmill.core.types import Quantized
 from bitmill.numerics.learned import Learned
-from bitmill.numerics.taught import Move, Taught
+from bitmill.numerics.taught import Move, Rounded, Taught
 
 
 @final
@@ -50,17 +47,13 @@ class AutoRound(Taught):
     def mover(self, start: Sequence[Learned]) -> Move:
         """Against the gradient's sign, in steps that shrink to nothing."""
 
-        def move(
-            step: int,
-            state: Sequence[Learned],
-            quantized: Sequence[Quantized],
-            values: Sequence[Tensor],
-            gradients: Sequence[Tensor | None],
-        ) -> list[Learned]:
+        def move(step: int, weights: Sequence[Rounded]) -> list[Learned]:
             rate = (self.rate or 1 / self.steps) * (1 - step / self.steps)
-            return [
-                one if g is None else one.moved(g, value, q.params, rate, self.ranges)
-                for one, g, value, q in zip(state, gradients, values, quantized, strict=True)
-            ]
+            return [self._moved(one, rate) for one in weights]
 
         return move
+
+    def _moved(self, one: Rounded, rate: float) -> Learned:
+        if one.gradient is None:
+            return one.learned
+        return one.learned.moved(one.gradient, one.value, one.quantized.params, rate, self.ranges)

@@ -11,10 +11,9 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from bitmill.core.types import Quantized
 from bitmill.numerics.adam import Adam
 from bitmill.numerics.learned import STEEPEST, Learned
-from bitmill.numerics.taught import Move, Taught
+from bitmill.numerics.taught import Move, Rounded, Taught
 
 FLOOR = 0.05  # the rate ends at this part of where it starts
 
@@ -61,32 +60,25 @@ class EfficientQat(Taught):
         """By Adam, on weights and both ends of their ranges."""
         adam = Adam.of({key: v for at, one in enumerate(start) for key, v in _trained(at, one).items()})
 
-        def move(
-            step: int,
-            state: Sequence[Learned],
-            quantized: Sequence[Quantized],
-            values: Sequence[Tensor],
-            gradients: Sequence[Tensor | None],
-        ) -> list[Learned]:
+        def move(step: int, weights: Sequence[Rounded]) -> list[Learned]:
             nonlocal adam
             slopes: dict[str, Tensor] = {}
-            for at, (one, g, value, q) in enumerate(zip(state, gradients, values, quantized, strict=True)):
-                if g is not None:
-                    by = one.slopes(g, value, q.params, self.amplitude)
-                    slopes |= dict(zip(_trained(at, one), by, strict=True))
+            for at, one in enumerate(weights):
+                if one.gradient is not None:
+                    by = one.learned.slopes(one.gradient, one.value, one.quantized.params, self.amplitude)
+                    slopes |= dict(zip(_trained(at, one.learned), by, strict=True))
             adam = adam.seen(slopes)
-            pairs = zip(state, quantized, strict=True)
-            return [self._moved(at, one, q, adam, step) for at, (one, q) in enumerate(pairs)]
+            return [self._moved(at, one, adam, step) for at, one in enumerate(weights)]
 
         return move
 
-    def _moved(self, at: int, one: Learned, now: Quantized, adam: Adam, step: int) -> Learned:
-        weight, high, low = (adam.direction(key) for key in _trained(at, one))
+    def _moved(self, at: int, one: Rounded, adam: Adam, step: int) -> Learned:
+        weight, high, low = (adam.direction(key) for key in _trained(at, one.learned))
         if not self.ranges:
             high, low = torch.zeros_like(high), torch.zeros_like(low)
         start = self.rate or min(3 / self.steps, 0.02)
         rate = start * (FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * step / self.steps)) / 2)
-        return one.trained(weight, high, low, now.params, rate)
+        return one.learned.trained(weight, high, low, one.quantized.params, rate)
 
 
 def _trained(at: int, one: Learned) -> dict[str, Tensor]:
