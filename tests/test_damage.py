@@ -10,12 +10,15 @@ import torch
 from bitmill.calibrate import damage as damages
 from bitmill.calibrate.damage import Damage, measure_damage, memory_needed
 from bitmill.calibrate.tokens import Calibration
+from bitmill.core.axes import Checkpoint
 from bitmill.core.errors import BadFile, Refused
+from bitmill.core.experts import stack_of
 from bitmill.core.registry import parse_grid
+from bitmill.families.base import describe, traits
 from bitmill.run.load import load_model
 from bitmill.run.memory import available_bytes
 from bitmill.source import open_source
-from tests.tiny import make_model, tokens
+from tests.tiny import EXPERTS, make_model, tokens
 
 TOKENS = Calibration(tokens(16, 48))
 
@@ -107,3 +110,66 @@ def test_available_memory(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("max\n")
     assert available_bytes(told, tmp_path) == 4096
     assert available_bytes(tmp_path / "absent", tmp_path) > 1 << 28
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_predict_the_divergence_that_is_measured(family: str, tmp_path: Path) -> None:
+    source = open_source(str(mixture(tmp_path / "m", family)))
+    found = measure_damage(source, TOKENS)
+    matrices = {n for n, f in source.tensors.items() if len(f.shape) == 2}
+    assert {describe(source.config).role(name)[0] for name in matrices - set(found.nats)} == {"router"}
+    changed = {n: source.read(n).float() for n in found.nats if ".experts." in n}
+    assert len({stack_of(name) for name in changed}) == 6
+    model = load_model(source)
+    with torch.no_grad():
+        before = torch.log_softmax(model(input_ids=TOKENS.tokens).logits, -1)
+        for layer, block in enumerate(model.model.layers):
+            joined, down = block.mlp.experts.gate_up_proj, block.mlp.experts.down_proj
+            for stack, place in zip(stacks(family, layer), (*joined.chunk(2, 1), down), strict=True):
+                for expert, weight in enumerate(place):
+                    weight.copy_(parse_grid("q2_k").round(changed[stack.format(expert)]).dense())
+        after = torch.log_softmax(model(input_ids=TOKENS.tokens).logits, -1)
+    measured = float((before.exp() * (before - after)).sum(-1).mean())
+    assert 0.5 < measured / sum(found.nats[name]["q2_k"] for name in changed) < 2.0
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_an_expert_without_tokens_counts_as_with_one(family: str, tmp_path: Path) -> None:
+    source = open_source(str(mixture(tmp_path / "m", family)))
+    seen = sent(source, tokens(1, 2))
+    found = measure_damage(source, Calibration(tokens(1, 2)))
+    quiet = [(layer, e) for layer, counts in enumerate(seen) for e, n in enumerate(counts.tolist()) if not n]
+    assert quiet
+    names = [stack.format(e) for layer, e in quiet for stack in stacks(family, layer)]
+    assert sorted(found.facts["unseen"]) == sorted(names)
+    for layer, e in quiet:
+        for stack in stacks(family, layer):
+            others = sum(found.nats[stack.format(o)]["q4_k"] for o, n in enumerate(seen[layer].tolist()) if n)
+            assert found.nats[stack.format(e)]["q4_k"] == pytest.approx(others / int(seen[layer].sum()))
+
+
+def mixture(folder: Path, family: str) -> Path:
+    """Rows of 256 everywhere."""
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 2}
+    more = {"moe_intermediate_size": 256} if family == "qwen3moe" else {}
+    return make_model(folder, family, tied=False, **sizes, **more)
+
+
+def stacks(family: str, layer: int) -> list[str]:
+    """Names of gate, up and down of a block's experts, with a place for the number."""
+    mixtral = family == "mixtral"
+    path = f"model.layers.{layer}.{'block_sparse_moe' if mixtral else 'mlp'}.experts.{{}}."
+    leaves = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    return [f"{path}{leaf}.weight" for leaf in leaves]
+
+
+def sent(source: Checkpoint, ids: torch.Tensor) -> list[torch.Tensor]:
+    """How many tokens transformers' own router sends each expert, by block."""
+    model = load_model(source)
+    chosen: list[torch.Tensor] = []
+    for block in model.model.layers:
+        block.mlp.experts.register_forward_pre_hook(lambda _, args: chosen.append(args[1].reshape(-1)))
+    with torch.no_grad():
+        model(input_ids=ids)
+    count = traits(source.config)["experts"]
+    return [numbers.bincount(minlength=count) for numbers in chosen]

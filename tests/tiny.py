@@ -50,7 +50,7 @@ EXPERTS = {
         norm_topk_prob=True,
     ),
 }
-"""Mixtures of experts: calibration does not reach them."""
+"""Mixtures of experts."""
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -19,6 +19,7 @@ from bitmill.checkpoint.gguf_arch import architecture_of_model
 from bitmill.core import registry
 from bitmill.core.axes import Checkpoint, Weight
 from bitmill.core.errors import Refused
+from bitmill.core.experts import stack_of
 from bitmill.core.sizes import size_of
 from bitmill.core.types import Row
 from bitmill.families.base import LINEAR_ROLES
@@ -49,12 +50,18 @@ class Budgeted:
     limit: int
 
     @property
+    def types(self) -> Mapping[str, str]:
+        """The chosen types by tensor, single experts among them."""
+        kinds = {lot: offer.kind for lot, offer in self.budget.types}
+        return {r.name: kinds[stack_of(r.name)] for r in self.plan.rows if stack_of(r.name) in kinds}
+
+    @property
     def shares(self) -> Mapping[str, float]:
         """Share of the chosen weights by type, largest first."""
         sizes: Counter[str] = Counter()
         shapes = {row.name: row.shape for row in self.plan.rows}
-        for name, offer in self.budget.types:
-            sizes[offer.kind] += prod(shapes[name])
+        for name, kind in self.types.items():
+            sizes[kind] += prod(shapes[name])
         return {kind: count / sizes.total() for kind, count in sizes.most_common()}
 
 
@@ -76,10 +83,10 @@ def budgeted(
         Refused: not even the smallest types are small enough, or a tensor was not measured.
     """
     largest = plan(parse(f"{solver} : Q8_0, pure > gguf"), source)
-    offers = _offers(largest, damage, {str(registry.parse_grid(kind)) for kind in types})
-    stored = _stored(source, offers)
-    rows = [row for row in largest.rows if row.name in offers]
-    fixed = largest.bytes_ - sum(_padded(row, str(row.grid)) for row in rows)
+    lots = _lots(largest, damage)
+    offers = _offers(largest, lots, damage, {str(registry.parse_grid(kind)) for kind in types})
+    stored = _stored(source, lots)
+    fixed = largest.bytes_ - sum(_padded(rows, str(rows[0].grid)) for rows in lots.values())
     # The recipe is in the file's head. Room for the longest one, so that the limit of the tensors does not
     # depend on the choice, which would cost the promise that more bytes are never worse.
     fixed += _HEAD_ROOM + sum(len(_pattern((name,))) + _LONGEST_TYPE for name in stored.values())
@@ -91,7 +98,7 @@ def budgeted(
             where=f"{8 * limit / largest.parameters:.3f} bits a weight of the whole file",
             fix=f"--size {least} or more, or a smaller model",
         )
-    recipe = _recipe(solver, bought, {row.name: row for row in rows}, stored)
+    recipe = _recipe(solver, bought, lots, stored)
     made = plan(recipe, source)
     if made.bytes_ > limit:
         raise AssertionError(f"{made.bytes_} bytes are planned, {limit} were the limit")
@@ -139,57 +146,74 @@ def toml(made: Budgeted, damage: Damage) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _offers(largest: Plan, damage: Damage, types: Collection[str]) -> dict[str, list[Offer]]:
-    """What each matrix could be stored as, by name: what was measured, and container and solver allow."""
-    container, solver = largest.container, largest.recipe.make_solver()
-    offers: dict[str, list[Offer]] = {}
+def _lots(largest: Plan, damage: Damage) -> dict[str, list[Row]]:
+    """What has one type, by name: a matrix, or all experts of a stack.
+
+    Raises:
+        Refused: one was not measured.
+    """
+    lots: dict[str, list[Row]] = {}
     for row in largest.rows:
-        if (
-            row.role not in _ROLES
-            or (row.role in LINEAR_ROLES and row.layer is None)
-            or len(row.shape) < MATRIX
-        ):
+        outside = row.role in LINEAR_ROLES and row.layer is None
+        if row.role not in _ROLES or outside or len(row.shape) < MATRIX:
             continue
-        nats = damage.nats.get(row.name)
-        if nats is None or len(row.shape) != MATRIX:
+        if row.name not in damage.nats or len(row.shape) != MATRIX:
             raise Refused(
                 "nothing is known of what quantizing this tensor costs",
                 where=row.name,
-                fix="measure this model anew; stacks of experts cannot be measured yet: name a mixture",
+                fix="measure this model anew; stacks of experts cannot be measured: name a mixture",
             )
-        for kind, cost in nats.items():
+        lots.setdefault(stack_of(row.name), []).append(row)
+    return lots
+
+
+def _offers(
+    largest: Plan, lots: Mapping[str, Sequence[Row]], damage: Damage, types: Collection[str]
+) -> dict[str, list[Offer]]:
+    """What each lot could be stored as: what was measured, and container and solver allow."""
+    container, solver = largest.container, largest.recipe.make_solver()
+    offers: dict[str, list[Offer]] = {}
+    for name, rows in lots.items():
+        first, measured = rows[0], damage.nats[rows[0].name]
+        for kind in measured:
             grid = registry.parse_grid(kind)
-            refused = container.refuses(grid, row.role, row.shape) or (row.solved and solver.refuses(grid))
+            refused = container.refuses(grid, first.role, first.shape) or (
+                first.solved and solver.refuses(grid)
+            )
             if not refused and (not types or kind in types):
-                offers.setdefault(row.name, []).append(Offer(kind, _padded(row, kind), cost))
-        if row.name not in offers:
+                cost = sum(damage.nats[row.name][kind] for row in rows)
+                offers.setdefault(name, []).append(Offer(kind, _padded(rows, kind), cost))
+        if name not in offers:
             raise Refused(
-                f"none of the types can hold a weight of shape {list(row.shape)}",
-                where=row.name,
-                fix=f"measured are {', '.join(nats)}",
+                f"none of the types can hold a weight of shape {list(first.shape)}",
+                where=name,
+                fix=f"measured are {', '.join(measured)}",
             )
     return offers
 
 
-def _padded(row: Row, kind: str) -> int:
-    """Bytes of a matrix at a type, with what aligns the next one."""
-    bits = registry.parse_grid(kind).storage_bits((row.shape[0], row.shape[1]))
+def _padded(rows: Sequence[Row], kind: str) -> int:
+    """Bytes of a matrix, or of a stack of them, at a type, with what aligns the next one."""
+    grid = registry.parse_grid(kind)
+    bits = sum(grid.storage_bits((row.shape[0], row.shape[1])) for row in rows)
     return -(-bits // (8 * _ALIGNMENT)) * _ALIGNMENT
 
 
-def _stored(source: Checkpoint, names: Collection[str]) -> dict[str, str]:
+def _stored(source: Checkpoint, lots: Mapping[str, Sequence[Row]]) -> dict[str, str]:
     arch = architecture_of_model(source.config)
-    return {name: arch.gguf_name(name) or name for name in names}
+    return {lot: arch.gguf_name(rows[0].name) or lot for lot, rows in lots.items()}
 
 
-def _recipe(solver: str, bought: Budget, rows: Mapping[str, Row], stored: Mapping[str, str]) -> Recipe:
+def _recipe(
+    solver: str, bought: Budget, lots: Mapping[str, Sequence[Row]], stored: Mapping[str, str]
+) -> Recipe:
     """The type of most weights as a pure mixture, and a pattern for each type and part that differs."""
     sizes: Counter[str] = Counter()
     parts: dict[tuple[str, str], list[str]] = {}
     known = _mixtures()
     for name, offer in bought.types:
         if offer.kind in known:
-            sizes[offer.kind] += prod(rows[name].shape)
+            sizes[offer.kind] += sum(prod(row.shape) for row in lots[name])
         parts.setdefault((_part(stored[name]), offer.kind), []).append(stored[name])
     most = sizes.most_common(1)[0][0] if sizes else "q8_0"
     patterns = [(_pattern(names), kind) for (_, kind), names in sorted(parts.items()) if kind != most]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ import pytest
 from bitmill.budgeting import budgeted, limit_of
 from bitmill.calibrate.damage import Damage
 from bitmill.core.errors import BadRecipe, Refused
+from bitmill.core.experts import stack_of
 from bitmill.core.sizes import size_of
 from bitmill.recipe import parse
 from bitmill.source import open_source
 from tests.cli.command import Command
-from tests.tiny import make_model
+from tests.test_damage import mixture
+from tests.tiny import EXPERTS, make_model
 
 TEXT = "The miller weighs each grain and writes the number down. " * 200
 
@@ -78,6 +81,28 @@ def test_within_the_limit_and_monotone(wide: Path, damage: Damage) -> None:
     assert set(made.shares) == {"f16"}
     few = budgeted(source, damage, 1_200_000, solver="nearest", types=("q4_k", "q8_0"))
     assert set(few.shares) == {"q4_k", "q8_0"}
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_of_a_stack_have_one_type(command: Command, family: str, text: Path, tmp_path: Path) -> None:
+    model, out, kept = mixture(tmp_path / "m", family), tmp_path / "q.gguf", tmp_path / "d.json"
+    source = open_source(str(model))
+    parameters = sum(prod(fact.shape) for fact in source.tensors.values())
+    limit = parameters * 4 // 8
+    words = ("--calib", text, "--nsamples", "2", "--seqlen", "32", "--damage", kept, "--no-measure")
+    made = command("quantize", model, "--size", str(limit), "-o", out, *words)
+    assert made.code == 0, made.err
+    assert 0.9 * limit < out.stat().st_size <= limit
+    budget = budgeted(source, Damage.load(kept, source), limit)
+    types: dict[str, set[str]] = {}
+    for name, kind in budget.types.items():
+        types.setdefault(stack_of(name), set()).add(kind)
+    assert set(types) == {stack_of(name) for name in Damage.load(kept, source).nats}
+    assert all(len(kinds) == 1 for kinds in types.values())
+    assert len({kind for stack, (kind,) in types.items() if "{}" in stack}) > 1
+    rows = {row.name: str(row.grid) for row in budget.plan.rows}
+    assert all(rows[name] == kind for name, kind in budget.types.items())
+    assert sum(budget.shares.values()) == pytest.approx(1)
 
 
 def test_limits() -> None:

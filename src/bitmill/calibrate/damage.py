@@ -10,11 +10,15 @@ independent, and the mean square of ``G`` as a product of a factor by row and on
 
 One backward pass through activations serves every linear, the embedding and the head. The errors ``D`` are
 those of rounding with importance, on a sample of rows drawn in proportion to what they can cost.
+
+An expert of a mixture is felt only where tokens are sent to it: its damage is by how often it is used, too.
+One that no token was sent to counts as if one had been, at its block's damage a token (Laplace's rule).
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -25,18 +29,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bitmill.calibrate.experts import opened
 from bitmill.calibrate.tokens import Calibration
 from bitmill.calibrate.windows import tokens_sha256
 from bitmill.core import registry
 from bitmill.core.axes import Checkpoint, cache_of, inputs_of
 from bitmill.core.errors import BadFile, Refused, Unsolvable
-from bitmill.families.base import LINEAR_ROLES, describe
+from bitmill.core.experts import stack_of
+from bitmill.families.base import LINEAR_ROLES, Family, describe, is_expert
 from bitmill.run.load import load_model
 from bitmill.run.memory import available_bytes
 
 FILE_KIND = "bitmill-damage-1"
 WINDOWS = 16
 ROWS = 64  # of a tensor that are rounded
+EXPERT_ROWS = 16  # of an expert's, which has many beside it that are stored as it is
 IN_256 = (
     "iq2_xxs", "iq2_xs", "iq2_s", "q2_k", "iq3_xxs", "iq3_s", "q3_k",
     "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0",
@@ -45,6 +52,8 @@ IN_256 = (
 IN_32 = ("q4_0", "iq4_nl", "q5_0", "q8_0")
 """Types for rows that are multiples of 32 only."""
 OUTSIDE = ("embed", "head")
+_LAYERS = "model.layers"
+_BLOCK = re.compile(r"(model\.layers\.\d+\.)(.+)")
 
 Progress = Callable[[str, int, int, str], None]
 
@@ -120,22 +129,25 @@ def measure_damage(
             fix="measure damage on the original model",
         )
     model = load_model(source)
+    _open_experts(model, source)
     nn.Module.to(model, device)  # transformers' own wraps this one, and hides its types
     taps = _felt(model, source, calibration.tokens.to(device), progress, seed)
     if not taps:
         raise Refused("no matrix of this model takes part in its forward pass as a linear layer")
     nats: dict[str, dict[str, float]] = {}
-    groups = _groups(source, taps)
+    groups, total = _groups(source, taps), calibration.tokens.numel()
     for done, (name, members) in enumerate(groups.items()):
         progress("damage", done, len(groups), name)
         samples = [
-            _Sample.of(n, source.read(n).float(), taps[n], _importance(source, n, taps[n])) for n in members
+            _Sample.of(n, source.read(n).float(), taps[n], _importance(source, n, taps[n]), total)
+            for n in members
         ]
         for kind in _menu(source, members[0]):
             for sample, cost in zip(samples, _costs(samples, kind), strict=True):
                 nats.setdefault(sample.name, {})[kind] = cost
     progress("damage", len(groups), len(groups), f"{len(nats)} tensors")
     tokens = calibration.tokens
+    unseen = _unseen(source, taps, nats)
     facts = {
         "model": source.digest,
         "sha256": tokens_sha256(tokens),
@@ -143,8 +155,10 @@ def measure_damage(
         "window": tokens.shape[1],
         "rows": ROWS,
         "seed": seed,
+        "unseen": list(unseen),
         "text": [str(s["name"]) for s in calibration.facts.get("sources", ())],
     }
+    nats |= unseen
     return Damage({n: nats[n] for n in source.tensors if n in nats}, facts)
 
 
@@ -171,10 +185,11 @@ class _Tap:
         else:
             self.rows[rows] += squared.sum(1)
 
-    def terms(self) -> tuple[Tensor, Tensor]:
-        """Factors by row (float64) and column of half the mean squared gradient, a token, on the CPU."""
+    def terms(self, total: int) -> tuple[Tensor, Tensor]:
+        """Factors by row (float64) and column of half the mean squared gradient, by one of ``total`` tokens,
+        on the CPU."""
         whole = max(float(self.columns.sum()), 1e-300)
-        return (self.rows * 0.5 / self.tokens).cpu(), (self.columns / whole).float().cpu()
+        return (self.rows * 0.5 / total).cpu(), (self.columns / whole).float().cpu()
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,24 +208,26 @@ class _Sample:
     terms: tuple[tuple[Tensor, Tensor], ...]
 
     @classmethod
-    def of(cls, name: str, weight: Tensor, taps: Sequence[_Tap], importance: Tensor | None) -> _Sample:
-        """At most :data:`ROWS` rows at equal steps of what losing whole rows would cost.
+    def of(
+        cls, name: str, weight: Tensor, taps: Sequence[_Tap], importance: Tensor | None, total: int
+    ) -> _Sample:
+        """:data:`ROWS` rows at most, of an expert fewer, at equal steps of what losing whole rows would cost.
 
         An error is about in proportion to that, so that every draw stands for an equal share: a row of which
         nothing is felt (a token that does not occur) is not drawn.
         """
-        terms = tuple(tap.terms() for tap in taps)
-        if len(weight) <= ROWS:
+        terms, count = tuple(tap.terms(total) for tap in taps), EXPERT_ROWS if is_expert(name) else ROWS
+        if len(weight) <= count:
             return cls(name, weight, importance, terms)
         stakes = sum(
             (r * (weight.square() @ c) for r, c in terms), torch.zeros(len(weight), dtype=torch.float64)
         )
-        total = stakes.sum()
-        steps = (torch.arange(ROWS, dtype=torch.float64) + 0.5) / ROWS * total
+        whole = stakes.sum()
+        steps = (torch.arange(count, dtype=torch.float64) + 0.5) / count * whole
         drawn, times = (
             torch.searchsorted(stakes.cumsum(0), steps).clamp_max(len(weight) - 1).unique(return_counts=True)
         )
-        share = times * total / ROWS / stakes[drawn].clamp_min(1e-300)
+        share = times * whole / count / stakes[drawn].clamp_min(1e-300)
         return cls(name, weight[drawn], importance, tuple((r[drawn] * share, c) for r, c in terms))
 
 
@@ -233,8 +250,9 @@ def _felt(
     model.requires_grad_(False)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     taps: dict[str, list[_Tap]] = {}
+    family = describe(source.config)
     for path, module in model.named_modules():
-        name = f"{path}.weight"
+        name = _canonical(path, family)
         if module is head and name not in source.tensors:
             name = next(f"{p}.weight" for p, m in model.named_modules() if m is embedding)
         if name in source.tensors and (module is embedding or isinstance(module, nn.Linear)):
@@ -255,6 +273,38 @@ def _felt(
         if not all(bool(torch.isfinite(tap.rows).all()) for tap in found):
             raise Unsolvable("gradients are NaN or infinite", where=f"output of {name}")
     return {name: found for name, found in taps.items() if all(tap.tokens for tap in found)}
+
+
+def _open_experts(model: PreTrainedModel, source: Checkpoint) -> None:
+    """Let every expert be a linear of its own, in place."""
+    family = describe(source.config)
+    for index, block in model.get_submodule(_LAYERS).named_children() if family.has_single_experts else ():
+        prefix = f"{_LAYERS}.{index}."
+        opened(block, family, {n.removeprefix(prefix) for n in source.tensors if n.startswith(prefix)})
+
+
+def _canonical(path: str, family: Family) -> str:
+    """What a checkpoint calls the weight of a module."""
+    block = _BLOCK.match(path)
+    return f"{path}.weight" if block is None else f"{block[1]}{family.canonical(block[2])}.weight"
+
+
+def _unseen(
+    source: Checkpoint, taps: Mapping[str, Sequence[_Tap]], nats: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, float]]:
+    """Experts without tokens, each at what one token costs the others of its stack."""
+    stacks: dict[str, list[str]] = {}
+    for name in source.tensors:
+        if is_expert(name) and len(source.tensors[name].shape) == 2:
+            stacks.setdefault(stack_of(name), []).append(name)
+    found: dict[str, dict[str, float]] = {}
+    for names in stacks.values():
+        seen = [name for name in names if name in nats]
+        if seen:
+            tokens = sum(taps[name][0].tokens for name in seen)
+            one = {kind: sum(nats[name][kind] for name in seen) / tokens for kind in nats[seen[0]]}
+            found |= {name: one for name in names if name not in nats}
+    return found
 
 
 def _linear_hook(tap: _Tap) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:

@@ -36,13 +36,12 @@ class Experts(nn.Module):
 
     def __init__(self, stack: nn.Module, leaves: Sequence[str]) -> None:
         super().__init__()
-        joined, down = stack.get_parameter("gate_up_proj"), stack.get_parameter("down_proj")
-        count, twice, width = joined.shape
-        shapes = ((twice // 2, width), (twice // 2, width), tuple(down.shape[1:]))
-        with torch.device("meta"):
-            for expert in range(count):
-                parts = {n: nn.Linear(i, o, bias=False) for n, (o, i) in zip(leaves, shapes, strict=True)}
-                self.add_module(str(expert), nn.ModuleDict(parts))
+        joined, down = stack.get_parameter("gate_up_proj").data, stack.get_parameter("down_proj").data
+        count = len(down)
+        for expert in range(count):
+            weights = (*joined[expert].chunk(2), down[expert])
+            parts = {n: _linear(weight) for n, weight in zip(leaves, weights, strict=True)}
+            self.add_module(str(expert), nn.ModuleDict(parts))
         self._leaves, self._act = tuple(leaves), stack.get_submodule("act_fn")
         self.everywhere = False
         self.tokens, self.share, self.watched = ExpertTokens(), 0.0, True
@@ -107,8 +106,17 @@ class Experts(nn.Module):
         return (order.argsort(dim=0) < lacking) & ~sent
 
 
+def _linear(weight: Tensor) -> nn.Linear:
+    """One that multiplies by this very memory."""
+    rows, columns = weight.shape
+    linear = nn.Linear(columns, rows, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
 def opened(layer: nn.Module, family: Family, stored: Collection[str]) -> None:
-    """Put :class:`Experts` into ``layer``, in place, where transformers stacks what the checkpoint has apart.
+    """Put :class:`Experts` into ``layer``, in place, where transformers stacks what the checkpoint has apart;
+    their weights are the stacks' memory.
 
     Args:
         stored: paths of the layer's tensors in the checkpoint.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bitmill.core.errors import Refused
+from bitmill.core.experts import expert_of, stack_of
 
 _OUTSIDE = {
     "model.embed_tokens": "token_embd",
@@ -44,7 +45,6 @@ _MIXTRAL_EXPERTS = {
     f"block_sparse_moe.experts.{{}}.w{i}": f"ffn_{n}_exps" for i, n in ((1, "gate"), (3, "up"), (2, "down"))
 }
 _QWEN_EXPERTS = {f"mlp.experts.{{}}.{n}_proj": f"ffn_{n}_exps" for n in ("gate", "up", "down")}
-_EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 _HF_BLOCK = re.compile(r"^model\.layers\.(\d+)\.(.+)\.(weight|bias)$")
 _GGUF_BLOCK = re.compile(r"^blk\.(\d+)\.(.+)\.(weight|bias)$")
 _RECOMPUTED = ("rotary_emb.inv_freq",)
@@ -88,7 +88,7 @@ class Architecture:
             return f"{_OUTSIDE[stem]}.weight"
         found = _HF_BLOCK.match(name)
         paths = {**self.block, **self.experts}
-        path = _EXPERT.sub("{}", found[2]) if found is not None else ""
+        path = stack_of(found[2]) if found is not None else ""
         if found is None or path not in paths:
             raise Refused(
                 f"llama.cpp's architecture {self.name!r} has no place for tensor {name!r}",
@@ -98,8 +98,7 @@ class Architecture:
 
     def expert(self, name: str) -> int | None:
         """The number of the expert whose tensor this canonical name is; None for a tensor of its own."""
-        found = _EXPERT.search(name) if self.experts else None
-        return None if found is None else int(found[0])
+        return expert_of(name) if self.experts else None
 
     def hf_name(self, name: str) -> str | None:
         """The canonical name of one of llama.cpp's tensors, or None when it has none; of a stack, with ``{}``

@@ -171,7 +171,7 @@ def budget(
                 "bytes": made.plan.bytes_,
                 "bpw": made.plan.bpw,
                 "predicted_kld": made.budget.damage,
-                "types": {name: offer.kind for name, offer in made.budget.types},
+                "types": dict(made.types),
                 "damage": dict(measured.facts),
             }
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from bitmill.core.errors import BadRecipe
 
 _TEXT = re.compile(r"(route|all)|(topk|until)=([1-9]\d{0,8})")
+_NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 SPELLINGS = "route, all, topk=N or until=N"
 
 
@@ -29,6 +30,17 @@ class ExpertTokens:
 
     def __str__(self) -> str:
         return f"{self.kind}={self.count}" if self.count else self.kind
+
+
+def expert_of(tensor: str) -> int | None:
+    """The number of the expert whose tensor or path in a block this is; None where it is none's."""
+    found = _NUMBER.search(tensor)
+    return None if found is None else int(found[0])
+
+
+def stack_of(tensor: str) -> str:
+    """A name for all experts' tensors together, with ``{}`` for the number; others' names as they are."""
+    return _NUMBER.sub("{}", tensor)
 
 
 def parse_experts(text: str) -> ExpertTokens:

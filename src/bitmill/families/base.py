@@ -18,12 +18,12 @@ from typing import Any
 
 from bitmill.core.axes import Seam
 from bitmill.core.errors import Refused
+from bitmill.core.experts import expert_of, stack_of
 
 LINEAR_ROLES = frozenset({"q", "k", "v", "o", "gate", "up", "down", "linear"})
 """Roles of the weights that a recipe's solver places by default."""
 
 _BLOCK = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
-_EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 
 ATTENTION_NAMES = {
     "self_attn.q_proj": "q",
@@ -75,7 +75,7 @@ class Family:
         block = _BLOCK.match(stem)
         if block is None:
             return self.model_names.get(stem, "other"), None
-        layer, path = int(block[1]), _EXPERT.sub("{}", block[2])
+        layer, path = int(block[1]), stack_of(block[2])
         if kind == "bias":
             return "bias", layer
         role = self.names.get(path)
@@ -126,7 +126,7 @@ class Family:
 
 def is_expert(tensor: str) -> bool:
     """Whether a tensor is one expert's, of several in its block."""
-    return _EXPERT.search(tensor) is not None
+    return expert_of(tensor) is not None
 
 
 def attention_seams(attn_norm: str, keys: tuple[str, str] = ("k", "q")) -> tuple[Seam, ...]:
