@@ -129,9 +129,11 @@ def recipes_page() -> str:
             [
                 ["`ROLE=GRID`", f"a grid of its own for one role: {', '.join(f'`{r}`' for r in ROLES)}"],
                 [
-                    "`/REGEX/=TYPE`",
-                    "with a mixture: a type for the tensors in whose GGUF name (`blk.0.ffn_down.weight`) the "
-                    "pattern is found, as `--tensor-type`; the first found decides, after `ROLE=GRID`",
+                    "`/REGEX/=GRID`",
+                    "a grid for the tensors in whose name the pattern is found, as `--tensor-type`: in GGUF "
+                    "llama.cpp's name (`blk.0.ffn_down.weight`), elsewhere the model's own "
+                    "(`model.layers.0.mlp.down_proj.weight`); the first found decides, after `ROLE=GRID`. "
+                    "Linears of the blocks, embedding and head; a router goes by its role",
                 ],
                 ["`pure`", "with a mixture: its default type for every tensor, embedding and head too"],
                 ["`keep=v+down`", "leaves these roles as they are"],

@@ -358,7 +358,7 @@ def _rows(
     imatrix: bool,
 ) -> tuple[Row, ...]:
     roles = dict(recipe.roles)
-    allocation: Allocation = Uniform(recipe.grid)
+    allocation: Allocation = Uniform(recipe.grid, tensors=recipe.tensors)
     if recipe.is_mixture:
         allocation = Mixture(recipe.grid, recipe.pure, recipe.tensors, roles.get("head"))
     model = {**traits(checkpoint.config), "imatrix": int(imatrix)}
@@ -370,7 +370,7 @@ def _rows(
         role, layer = family.role(name)
         if role == "linear" and (len(fact.shape) != MATRIX or not name.endswith(".weight")):
             role = "other"
-        stored = _stored(container, checkpoint, name, fact.shape) if recipe.tensors else ""
+        stored = _stored(recipe, container, checkpoint, name, fact.shape) if recipe.tensors else ""
         weight = Weight(name, role, layer, fact.shape, model["layers"], model, stored)
         choice = None
         if role in recipe.keep or len(fact.shape) != MATRIX:
@@ -388,8 +388,13 @@ def _rows(
     return tuple(replace(row, dtype=dtype) for row in rows)
 
 
-def _stored(container: Container, checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> str:
-    """A tensor's name in the container; empty when it has no place there."""
+def _stored(
+    recipe: Recipe, container: Container, checkpoint: Checkpoint, name: str, shape: tuple[int, ...]
+) -> str:
+    """The name that patterns are searched in: in GGUF the container's, empty when it has no place for the
+    tensor; elsewhere the model's own."""
+    if recipe.container != "gguf":
+        return name
     row = Row(name, "other", None, shape, registry.parse_grid("f32"), False, "")
     return next(iter(container.slots(row, checkpoint)), "").partition("[")[0]
 
@@ -406,7 +411,7 @@ def _unheard(
     remarks = []
     if recipe.tensors:
         matrices = [row for row in rows if len(row.shape) == MATRIX]
-        stored = [_stored(container, checkpoint, row.name, row.shape) for row in matrices]
+        stored = [_stored(recipe, container, checkpoint, row.name, row.shape) for row in matrices]
         unused = [p for p, _ in recipe.tensors if not any(re.search(p, name) for name in stored)]
         remarks += [f"/{pattern}/ is in no matrix's name" for pattern in unused]
     present = {row.role: row for row in rows}

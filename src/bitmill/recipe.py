@@ -81,8 +81,9 @@ class Recipe:
         dtype: precision of what is kept and of scales; None follows the source.
         container: file layout.
         container_options: what was set of it: ``gptq(version=2)``.
-        tensors: types for tensors by llama.cpp's names, ``(("blk.0.ffn_", "q8_0"), …)``: regular
-        expressions, searched in this order; the first that is found decides, after ``roles``.
+        tensors: grids for single tensors, ``(("blk.0.ffn_", "q8_0"), …)``: regular expressions, searched in
+            this order in llama.cpp's names where the container is GGUF, else in the model's own; the first
+            that is found decides, after ``roles``.
         pure: whether a mixture gives every tensor its default type, embedding and head too.
         split_max_size, split_max_tensors: the most that a part of a GGUF output may hold, in bytes and in
         tensors; 0 is no limit, and without any limit the output is one file.
@@ -93,8 +94,7 @@ class Recipe:
         pre_tokenizer: llama.cpp's name of how text is cut into words, for a GGUF output; None recognises it.
 
     Raises:
-        BadRecipe: ``tensors`` or ``pure`` without a mixture and GGUF; parts without GGUF; ``cache`` with
-            ``tune``.
+        BadRecipe: ``pure`` without a mixture; parts without GGUF; ``cache`` with ``tune``.
     """
 
     transforms: tuple[Call, ...]
@@ -117,10 +117,9 @@ class Recipe:
     tune: Call | None = None
 
     def __post_init__(self) -> None:
-        said = [f"/{pattern}/={kind}" for pattern, kind in self.tensors] + ["pure"] * self.pure
-        if said and not (self.is_mixture and self.container == "gguf"):
+        if self.pure and not (self.is_mixture and self.container == "gguf"):
             raise BadRecipe(
-                f"{said[0]} changes one of llama.cpp's mixtures, in GGUF",
+                "pure changes one of llama.cpp's mixtures, in GGUF",
                 where=f"{self.grid} > {self.container.replace('_', '-')}",
                 fix="name a mixture, for example Q4_K_S; on other grids say ROLE=GRID",
             )

@@ -162,7 +162,7 @@ def test_pure_and_the_type_of_the_head(command: Command, tiny_llama: Path) -> No
     ("recipe", "words", "part"),
     [
         ("W4A16", ("--pure",), "GGUF"),
-        ("W4A16", ("--tensor-type", "v_proj=q8_0"), "GGUF"),
+        ("W4A16", ("--tensor-type", "v_proj=q8_0"), "q8_0"),
         ("W4A16", ("--output-tensor-type", "q8_0"), "GGUF"),
         ("Q4_0", ("--tensor-type", "(ffn=q8_0"), "does not compile"),
         ("Q4_0", ("--tensor-type", "ffn"), "names no type"),

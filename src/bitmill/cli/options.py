@@ -86,8 +86,8 @@ TensorType = Annotated[
     list[str] | None,
     typer.Option(
         "--tensor-type", metavar="REGEX=TYPE",
-        help="With a mixture: a type for the tensors in whose GGUF name (blk.0.ffn_down.weight) the pattern "
-        "is found. May be repeated; the first that is found decides.",
+        help="A grid for the tensors in whose name the pattern is found: in GGUF llama.cpp's name "
+        "(blk.0.ffn_down.weight), else the model's own. May be repeated; the first that is found decides.",
         show_default=False,
     ),
 ]  # fmt: skip
