@@ -26,9 +26,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 from bitmill import mill
+from bitmill.budgeting import budgeted as bargain
 from bitmill.calibrate.corpus import default_calibration, default_evaluation
+from bitmill.calibrate.damage import measure_damage
+from bitmill.calibrate.tokens import calibration_tokens
 from bitmill.calibrate.windows import windows
 from bitmill.measurement.measure import Protocol, measure_all
+from bitmill.planning import plan
+from bitmill.recipe import parse
 from bitmill.source import open_source
 
 SIZES: dict[str, Any] = {
@@ -158,21 +163,28 @@ def policies(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
 
 def budgeted(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """One type for all against types by measured damage, in as many bytes."""
-    from bitmill.cli.main import main as bitmill
+    """One type for all against types by measured damage in as many bytes: by stack in GGUF, by expert in
+    Bitmill's own folders."""
+    source, made = open_source(str(folder)), []
+    drawn = calibration_tokens(source, None, nsamples=16, seqlen=WINDOW)
+    damage = measure_damage(source, drawn)
+    for container, suffix in (("gguf", ".gguf"), ("bitmill", "")):
+        plain, chosen = (options.work / f"{name}-{container}{suffix}" for name in ("uniform", "budget"))
+        line = f"nearest : {options.budget}, embed=q8_0 > {container}"
+        size = plan(parse(line), source).bytes_
+        recipe = bargain(source, damage, size, solver="nearest", container=container).recipe
+        for name, what, out in (("one type", line, plain), ("by damage", recipe, chosen)):
+            mill.quantize(source, what, out, calib=drawn.tokens, force=True)
+            made.append((f"{name}, {container}", out))
+    found = measured(options, folder, [out for _, out in made])
+    return [
+        {"name": name, "bytes": size_of(out), **kld} for (name, out), kld in zip(made, found, strict=True)
+    ]
 
-    plain, chosen = options.work / "uniform.gguf", options.work / "budget.gguf"
-    mill.quantize(str(folder), f"nearest : {options.budget}, embed=q8_0 > gguf", plain, force=True)
-    words = [str(folder), "--size", str(plain.stat().st_size), "-o", str(chosen), "--solver", "nearest"]
-    made = [plain]
-    try:
-        bitmill(["quantize", *words, "--force", "--no-measure", "--nsamples", "16", "--seqlen", str(WINDOW)])
-    except SystemExit as end:
-        made += [] if end.code else [chosen]  # refused: what it says stands above, the table has one row
-    found = measured(options, folder, made)
-    sizes = [path.stat().st_size for path in made]
-    names = [f"{options.budget} for all", "by measured damage"]
-    return [{"name": n, "bytes": s, **kld} for n, s, kld in zip(names, sizes, found, strict=False)]
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of a folder's files."""
+    return sum(f.stat().st_size for f in (path.rglob("*") if path.is_dir() else [path]) if f.is_file())
 
 
 def main() -> None:

@@ -1,36 +1,28 @@
 """A budget into a recipe: what each type costs each tensor, the limit in bytes, and the best that buys.
 
-The result is one of llama.cpp's mixtures, pure, with the tensors that differ from it by pattern: a recipe
-like any other, planned and written by nothing that knows of budgets.
+The result is one grid, or in GGUF one of llama.cpp's mixtures, pure, with the tensors that differ from it by
+pattern: a recipe like any other, planned and written by nothing that knows of budgets.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import floor, prod
 
-from bitmill.allocation.budget import Budget, Offer, spend
-from bitmill.allocation.mixture import Mixture
+from bitmill.allocation.budget import Budget, spend
 from bitmill.calibrate.damage import Damage
-from bitmill.checkpoint.gguf_arch import architecture_of_model
 from bitmill.core import registry
-from bitmill.core.axes import Checkpoint, Weight
+from bitmill.core.axes import Checkpoint
 from bitmill.core.errors import Refused
-from bitmill.core.experts import stack_of
 from bitmill.core.sizes import size_of
-from bitmill.core.types import Row
-from bitmill.families.base import LINEAR_ROLES
-from bitmill.planning import MATRIX, Plan, plan
-from bitmill.recipe import Recipe, parse
+from bitmill.lots import refuse_container
+from bitmill.market import Market
+from bitmill.planning import Plan, plan
+from bitmill.recipe import Recipe
 
-_ALIGNMENT = 32  # of a tensor in a GGUF file
-_LONGEST_TYPE = len(", =iq2_xxs")
-_HEAD_ROOM = 64  # bytes: the base's name, which is not known before, and the end of the head
 _SHARE, _LEAST = 5, 1 << 30  # of available memory, a fifth or a GiB stays for the context and for others
-_ROLES = LINEAR_ROLES | {"embed", "head"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,20 +32,17 @@ class Budgeted:
     Attributes:
         recipe: that makes it.
         plan: of that recipe; its bytes are within ``limit``.
-        budget: type, size and predicted damage of every tensor that was chosen for.
-        limit: bytes of the whole file.
+        budget: type, size and predicted damage of every lot that was chosen for: a tensor, or several that
+            have one type together.
+        limit: bytes of the whole output.
+        types: the chosen types by tensor.
     """
 
     recipe: Recipe
     plan: Plan
     budget: Budget
     limit: int
-
-    @property
-    def types(self) -> Mapping[str, str]:
-        """The chosen types by tensor, single experts among them."""
-        kinds = {lot: offer.kind for lot, offer in self.budget.types}
-        return {r.name: kinds[stack_of(r.name)] for r in self.plan.rows if stack_of(r.name) in kinds}
+    types: Mapping[str, str]
 
     @property
     def shares(self) -> Mapping[str, float]:
@@ -72,37 +61,37 @@ def budgeted(
     *,
     solver: str = "gptq",
     types: Collection[str] = (),
+    container: str = "gguf",
 ) -> Budgeted:
-    """The recipe with the least predicted KL divergence whose GGUF file has at most ``limit`` bytes.
+    """The recipe with the least predicted KL divergence whose output has at most ``limit`` bytes.
 
     Args:
         solver: as in a recipe, with options if need be; it must be able to place weights on the types.
         types: those that may be used; empty for all that were measured.
+        container: what it is stored in: ``gguf``, ``bitmill``, ``compressed_tensors`` … Types are chosen for
+            what has one type there (:mod:`bitmill.lots`).
 
     Raises:
-        Refused: not even the smallest types are small enough, or a tensor was not measured.
+        Refused: not even the smallest types are small enough, a tensor was not measured, or the container
+            holds no types to choose among.
     """
-    largest = plan(parse(f"{solver} : Q8_0, pure > gguf"), source)
-    lots = _lots(largest, damage)
-    offers = _offers(largest, lots, damage, {str(registry.parse_grid(kind)) for kind in types})
-    stored = _stored(source, lots)
-    fixed = largest.bytes_ - sum(_padded(rows, str(rows[0].grid)) for rows in lots.values())
-    # The recipe is in the file's head. Room for the longest one, so that the limit of the tensors does not
-    # depend on the choice, which would cost the promise that more bytes are never worse.
-    fixed += _HEAD_ROOM + sum(len(_pattern((name,))) + _LONGEST_TYPE for name in stored.values())
-    bought = spend(offers, limit - fixed)
+    refuse_container(container)
+    market = Market.of(source, damage, {str(registry.parse_grid(t)) for t in types}, solver, container)
+    bought = spend(market.offers, limit - market.fixed)
     if bought is None:
-        least = fixed + sum(min(o.bytes_ for o in of) for of in offers.values())
+        least = market.fixed + sum(min(o.bytes_ for o in of) for of in market.offers.values())
         raise Refused(
             f"{limit:,} bytes are too few: the smallest types take {least:,}",
-            where=f"{8 * limit / largest.parameters:.3f} bits a weight of the whole file",
+            where=f"{8 * limit / market.parameters:.3f} bits a weight of the whole file",
             fix=f"--size {least} or more, or a smaller model",
         )
-    recipe = _recipe(solver, bought, lots, stored)
+    recipe = market.recipe(bought)
     made = plan(recipe, source)
     if made.bytes_ > limit:
         raise AssertionError(f"{made.bytes_} bytes are planned, {limit} were the limit")
-    return Budgeted(recipe, made, bought, limit)
+    kinds = {lot: offer.kind for lot, offer in bought.types}
+    chosen = {row.name: kinds[lot.name] for lot in market.lots for row in lot.rows}
+    return Budgeted(recipe, made, bought, limit, chosen)
 
 
 def limit_of(bpw: float | None, size: str | None, free: int | None, parameters: int) -> int:
@@ -139,107 +128,8 @@ def toml(made: Budgeted, damage: Damage) -> str:
         f'solver = "{" + ".join(map(str, recipe.solvers))}"',
         f'grid = "{recipe.grid}"',
         f'container = "{recipe.container}"',
-        "pure = true",
+        *(["pure = true"] if recipe.pure else []),
     ]
     lines += ["", "[tensors]"] if recipe.tensors else []
     lines += [f"'{pattern}' = \"{kind}\"" for pattern, kind in recipe.tensors]
     return "\n".join(lines) + "\n"
-
-
-def _lots(largest: Plan, damage: Damage) -> dict[str, list[Row]]:
-    """What has one type, by name: a matrix, or all experts of a stack.
-
-    Raises:
-        Refused: one was not measured.
-    """
-    lots: dict[str, list[Row]] = {}
-    for row in largest.rows:
-        outside = row.role in LINEAR_ROLES and row.layer is None
-        if row.role not in _ROLES or outside or len(row.shape) < MATRIX:
-            continue
-        if row.name not in damage.nats or len(row.shape) != MATRIX:
-            raise Refused(
-                "nothing is known of what quantizing this tensor costs",
-                where=row.name,
-                fix="measure this model anew; stacks of experts cannot be measured: name a mixture",
-            )
-        lots.setdefault(stack_of(row.name), []).append(row)
-    return lots
-
-
-def _offers(
-    largest: Plan, lots: Mapping[str, Sequence[Row]], damage: Damage, types: Collection[str]
-) -> dict[str, list[Offer]]:
-    """What each lot could be stored as: what was measured, and container and solver allow."""
-    container, solver = largest.container, largest.recipe.make_solver()
-    offers: dict[str, list[Offer]] = {}
-    for name, rows in lots.items():
-        first, measured = rows[0], damage.nats[rows[0].name]
-        for kind in measured:
-            grid = registry.parse_grid(kind)
-            refused = container.refuses(grid, first.role, first.shape) or (
-                first.solved and solver.refuses(grid)
-            )
-            if not refused and (not types or kind in types):
-                cost = sum(damage.nats[row.name][kind] for row in rows)
-                offers.setdefault(name, []).append(Offer(kind, _padded(rows, kind), cost))
-        if name not in offers:
-            raise Refused(
-                f"none of the types can hold a weight of shape {list(first.shape)}",
-                where=name,
-                fix=f"measured are {', '.join(measured)}",
-            )
-    return offers
-
-
-def _padded(rows: Sequence[Row], kind: str) -> int:
-    """Bytes of a matrix, or of a stack of them, at a type, with what aligns the next one."""
-    grid = registry.parse_grid(kind)
-    bits = sum(grid.storage_bits((row.shape[0], row.shape[1])) for row in rows)
-    return -(-bits // (8 * _ALIGNMENT)) * _ALIGNMENT
-
-
-def _stored(source: Checkpoint, lots: Mapping[str, Sequence[Row]]) -> dict[str, str]:
-    arch = architecture_of_model(source.config)
-    return {lot: arch.gguf_name(rows[0].name) or lot for lot, rows in lots.items()}
-
-
-def _recipe(
-    solver: str, bought: Budget, lots: Mapping[str, Sequence[Row]], stored: Mapping[str, str]
-) -> Recipe:
-    """The type of most weights as a pure mixture, and a pattern for each type and part that differs."""
-    sizes: Counter[str] = Counter()
-    parts: dict[tuple[str, str], list[str]] = {}
-    known = _mixtures()
-    for name, offer in bought.types:
-        if offer.kind in known:
-            sizes[offer.kind] += sum(prod(row.shape) for row in lots[name])
-        parts.setdefault((_part(stored[name]), offer.kind), []).append(stored[name])
-    most = sizes.most_common(1)[0][0] if sizes else "q8_0"
-    patterns = [(_pattern(names), kind) for (_, kind), names in sorted(parts.items()) if kind != most]
-    base = parse(f"{solver} : {known[most]}, pure > gguf")
-    return parse(str(base).replace(", pure", "".join(f", /{p}/={k}" for p, k in patterns) + ", pure"))
-
-
-def _mixtures() -> dict[str, str]:
-    """By type: a mixture that gives it to every tensor when it is pure."""
-    found: dict[str, str] = {}
-    for name in Mixture.names():
-        choice = Mixture(name, pure=True).choose(Weight("", "q", 0, (256, 256), 1, {}))
-        if choice is not None:
-            found.setdefault(choice.grid, name)
-    return found
-
-
-def _part(stored: str) -> str:
-    return re.sub(r"^blk\.\d+\.", "", stored)
-
-
-def _pattern(names: Sequence[str]) -> str:
-    """One pattern for a part of some blocks, in the regular expressions that llama.cpp has too."""
-    part = re.escape(_part(names[0]))
-    blocks = [name.split(".")[1] for name in names if name.startswith("blk.")]
-    if not blocks:
-        return f"^{part}$"
-    chosen = blocks[0] if len(blocks) == 1 else f"({'|'.join(blocks)})"
-    return rf"^blk\.{chosen}\.{part}$"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
@@ -10,9 +11,13 @@ import pytest
 
 from bitmill.budgeting import budgeted, limit_of
 from bitmill.calibrate.damage import Damage
+from bitmill.core.axes import Checkpoint
 from bitmill.core.errors import BadRecipe, Refused
 from bitmill.core.experts import stack_of
+from bitmill.core.registry import parse_grid
 from bitmill.core.sizes import size_of
+from bitmill.lots import MENUS, lots_of, menu
+from bitmill.mill import quantize
 from bitmill.recipe import parse
 from bitmill.source import open_source
 from tests.cli.command import Command
@@ -103,6 +108,66 @@ def test_experts_of_a_stack_have_one_type(command: Command, family: str, text: P
     rows = {row.name: str(row.grid) for row in budget.plan.rows}
     assert all(rows[name] == kind for name, kind in budget.types.items())
     assert sum(budget.shares.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("family", ["llama", *EXPERTS])
+@pytest.mark.parametrize("container", sorted(set(MENUS) - {"gguf"}))
+def test_in_every_container(family: str, container: str, tmp_path: Path) -> None:
+    """Within the limit and monotone, on lots that the container's programs take."""
+    model = mixture(tmp_path / "m", family)
+    source = open_source(str(model))
+    menu_of = menu(container) or ("q2_k", "q3_k", "q4_k", "q6_k", "q8_0")
+    damage = made_up(source, menu_of)
+    parameters = sum(prod(fact.shape) for fact in source.tensors.values())
+    before, seen = float("inf"), set()
+    for bits in (6.0, 8.0, 9.0, 10.0, 12.0, 20.0, 40.0):
+        try:
+            made = budgeted(source, damage, int(parameters * bits / 8), solver="nearest", container=container)
+        except Refused as error:
+            assert bits < 10 and "too few" in str(error)
+            continue
+        assert made.plan.bytes_ <= made.limit and made.budget.damage <= before
+        assert parse(str(made.recipe)) == made.recipe
+        rows = {row.name: str(row.grid) for row in made.plan.rows}
+        assert all(
+            rows[name] == kind or rows[name].startswith(f"{kind}-") for name, kind in made.types.items()
+        )
+        together: dict[str, set[str]] = {}
+        for lot in lots_of([row for row in made.plan.rows if row.name in made.types], container, source):
+            together.setdefault(lot.name, set()).update(made.types[row.name] for row in lot.rows)
+        assert all(len(kinds) == 1 for kinds in together.values())
+        before = made.budget.damage
+        seen |= set(made.types.values())
+    assert len(seen) > 2
+    few = budgeted(source, damage, parameters * 5, solver="nearest", container=container, types=menu_of[:1])
+    assert {kind for name, kind in few.types.items() if ".layers." in name} == {menu_of[0]}
+    refused = {"gptq": "experts of a mixture", "auto_round": "experts of a mixture"}
+    if family == "llama" or container not in refused:
+        out = tmp_path / "out"
+        made = budgeted(source, damage, int(parameters * 10 / 8), solver="nearest", container=container)
+        quantize(source, str(made.recipe), out)
+        assert open_source(str(out)).tensors.keys() == source.tensors.keys()
+        assert sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) <= made.limit
+
+
+def made_up(source: Checkpoint, kinds: Sequence[str]) -> Damage:
+    """Less for more bits, and for tensors that come first."""
+    names = [name for name, fact in source.tensors.items() if len(fact.shape) == 2 and "gate.w" not in name]
+    bits = {kind: parse_grid(kind).storage_bits((256, 256)) / 65536 for kind in (*kinds, "f16")}
+    nats = {name: {k: 4.0**-b / (i + 1) for k, b in bits.items()} for i, name in enumerate(names)}
+    return Damage(nats, {"model": source.digest, "windows": 1, "window": 8, "sha256": "0"})
+
+
+def test_a_budget_of_another_container(command: Command, wide: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mlx"
+    words = ("--container", "mlx", "--calib", text, "--nsamples", "2", "--seqlen", "32", "--no-measure")
+    made = command("quantize", wide, "--bpw", "6.5", "-o", out, *words)
+    assert made.code == 0, made.err
+    told = json.loads((out / "config.json").read_text())["quantization"]
+    assert len({one["bits"] for one in told.values() if isinstance(one, dict)} | {told["bits"]}) > 1
+    refused = command("budget", wide, "--bpw", "6", "-o", tmp_path / "r.toml", "--container", "awq")
+    assert refused.code == 2 and "budgets do not choose types for awq" in refused.err
+    assert command("quantize", wide, "Q4_0", "--container", "mlx", "--dry-run").code == 2
 
 
 def test_limits() -> None:

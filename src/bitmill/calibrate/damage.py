@@ -114,8 +114,12 @@ def measure_damage(
     device: str = "cpu",
     progress: Progress = lambda *_: None,
     seed: int = 0,
+    kinds: Sequence[str] = (),
 ) -> Damage:
     """Run the tokens through the whole model and back, then round a sample of every matrix to every type.
+
+    Args:
+        kinds: grids to round to, beside 16 bits; none for llama.cpp's types, by the width of a matrix.
 
     Raises:
         Refused: the model in float32 does not fit into memory, or has no linear weight.
@@ -142,7 +146,7 @@ def measure_damage(
             _Sample.of(n, source.read(n).float(), taps[n], _importance(source, n, taps[n]), total)
             for n in members
         ]
-        for kind in _menu(source, members[0]):
+        for kind in _menu(source, members[0], kinds):
             for sample, cost in zip(samples, _costs(samples, kind), strict=True):
                 nats.setdefault(sample.name, {})[kind] = cost
     progress("damage", len(groups), len(groups), f"{len(nats)} tensors")
@@ -349,12 +353,15 @@ def _groups(source: Checkpoint, taps: Mapping[str, Sequence[_Tap]]) -> dict[str,
     return groups
 
 
-def _menu(source: Checkpoint, name: str) -> Iterator[str]:
-    """The types that a tensor's width and role allow, and 16 bits as a last resort."""
+def _menu(source: Checkpoint, name: str, kinds: Sequence[str]) -> Iterator[str]:
+    """The types that a tensor's shape and role allow, and 16 bits as a last resort."""
     fact = source.tensors[name]
     inside = describe(source.config).role(name)[0] not in OUTSIDE
-    kinds = IN_256 if fact.shape[1] % 256 == 0 else IN_32 if fact.shape[1] % 32 == 0 else ()
-    yield from (kind for kind in kinds if inside or not kind.startswith("iq"))
+    if kinds:
+        yield from (kind for kind in kinds if registry.parse_grid(kind).refuses(fact.shape) is None)
+    else:
+        usual = IN_256 if fact.shape[1] % 256 == 0 else IN_32 if fact.shape[1] % 32 == 0 else ()
+        yield from (kind for kind in usual if inside or not kind.startswith("iq"))
     yield "bf16" if fact.dtype == "bf16" else "f16"
 
 

@@ -59,6 +59,16 @@ TypeNames = Annotated[
 ]  # fmt: skip
 
 
+ContainerName = Annotated[
+    str,
+    typer.Option(
+        "--container", metavar="NAME",
+        help="With a budget: what it is stored in: gguf, mlx, compressed-tensors, gptq, auto-round or "
+        "bitmill. Types are chosen among those that it has.",
+    ),
+]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Limits:
     """What a command line says about a budget.
@@ -68,6 +78,7 @@ class Limits:
         damage: where the measurement is, or goes; None is beside the output.
         solver: that will place the weights.
         types: that may be used, with commas.
+        container: what the output is stored in.
     """
 
     bpw: float | None = None
@@ -76,6 +87,7 @@ class Limits:
     damage: Path | None = None
     solver: str = "gptq"
     types: str | None = None
+    container: str = "gguf"
 
     @property
     def given(self) -> bool:
@@ -88,9 +100,9 @@ class Limits:
         Raises:
             BadRecipe: there is a budget, and one of them; or what belongs to a budget without one.
         """
-        if not self.given and (self.damage is not None or self.solver != "gptq"):
+        if not self.given and (self.damage, self.solver, self.container) != (None, "gptq", "gguf"):
             raise BadRecipe(
-                "--damage and --solver belong to a budget",
+                "--damage, --solver and --container belong to a budget",
                 fix="add --bpw, --size or --fit; a recipe names its solver: 'clip : Q4_K_M'",
             )
         if self.given and recipe:
@@ -126,6 +138,7 @@ def budget(
     damage: DamageFile = None,
     solver: SolverName = "gptq",
     types: TypeNames = None,
+    container: ContainerName = "gguf",
     calib: Calib = None,
     nsamples: Annotated[int, typer.Option("--nsamples", min=1, help="Windows to measure on.")] = 16,
     seqlen: Length = 512,
@@ -136,18 +149,21 @@ def budget(
     revision: Revision = None,
     json: Json = False,
 ) -> None:
-    """Choose a GGUF type for every tensor of MODEL, so that a budget loses as little as possible.
+    """Choose a type for every tensor of MODEL, so that a budget loses as little as possible.
 
     What each type would cost each tensor, in KL divergence, is measured once on calibration text, with one
     backward pass through the whole model in float32, and kept in OUT.damage.json. The least predicted sum
     within the budget is written to OUT as a recipe. The file it makes is never larger than the budget, and a
     larger budget never has a worse prediction. What is predicted is rounding with importance; gptq loses
-    less, and nearest needs --calib or --imatrix to lose no more.
+    less, and nearest needs --calib or --imatrix to lose no more. What a container or its programs want alike
+    has one type: all experts of a stack in GGUF, queries, keys and values in compressed-tensors. An expert's
+    damage is by how often it is used.
 
         bitmill budget smollm2 --bpw 5 -o recipe.toml
         bitmill budget smollm2 --size 80MiB -o small.toml --damage recipe.toml.damage.json
         bitmill quantize smollm2 recipe.toml -o smollm2.gguf
         bitmill quantize ./my-model --bpw 4.5 -o my-model.gguf
+        bitmill quantize ./my-model --bpw 4.5 --container mlx -o my-model-mlx
     """
     from bitmill.budgeting import toml
     from bitmill.source import open_source
@@ -158,7 +174,7 @@ def budget(
         raise Refused(f"{str(out)!r} does not end in .toml", fix=f"-o {out.with_suffix('.toml')}")
     if out.exists() and not force:
         raise Refused(f"{str(out)!r} exists", fix="add --force to replace it, or choose another -o")
-    limits = Limits(bpw, size, fit, damage, solver, types)
+    limits = Limits(bpw, size, fit, damage, solver, types, container)
     source = open_source(model, revision=revision)
     made, measured = chosen(source, limits, Drawn(calib, nsamples, seqlen, seed, chat, device), out)
     out.write_text(toml(made, measured), encoding="utf-8")
@@ -203,6 +219,7 @@ def chosen(source: Checkpoint, limits: Limits, drawn: Drawn, out: Path | None) -
 
     from bitmill.budgeting import budgeted, limit_of
     from bitmill.core.registry import parse_grid
+    from bitmill.lots import menu, refuse_container
     from bitmill.recipe import parse
     from bitmill.run.memory import available_bytes
 
@@ -210,14 +227,19 @@ def chosen(source: Checkpoint, limits: Limits, drawn: Drawn, out: Path | None) -
     parameters = sum(prod(fact.shape) for fact in source.tensors.values())
     limit = limit_of(limits.bpw, limits.size, free, parameters)
     types = [str(parse_grid(kind)) for kind in (limits.types or "").split(",") if kind.strip()]
+    container = limits.container.lower().replace("-", "_")
+    refuse_container(container)
     parse(f"{limits.solver} : Q8_0 > gguf")  # a wrong solver is said before anything is measured
     if free is not None:
         say.note(f"{say.size(free)} of memory are free: the file gets {say.size(limit)}")
-    damage = _measured(source, limits.damage, drawn, out)
-    return budgeted(source, damage, limit, solver=limits.solver, types=types), damage
+    damage = _measured(source, limits.damage, drawn, out, menu(container, types))
+    made = budgeted(source, damage, limit, solver=limits.solver, types=types, container=container)
+    return made, damage
 
 
-def _measured(source: Checkpoint, path: Path | None, drawn: Drawn, out: Path | None) -> Damage:
+def _measured(
+    source: Checkpoint, path: Path | None, drawn: Drawn, out: Path | None, kinds: Sequence[str]
+) -> Damage:
     from bitmill.calibrate.damage import Damage, measure_damage
     from bitmill.calibrate.tokens import calibration_tokens
 
@@ -238,7 +260,7 @@ def _measured(source: Checkpoint, path: Path | None, drawn: Drawn, out: Path | N
         )
         for remark in tokens.notes:
             say.note(f"note: {remark.where}: {remark.text}")
-        damage = measure_damage(source, tokens, drawn.device, tell, drawn.seed)
+        damage = measure_damage(source, tokens, drawn.device, tell, drawn.seed, kinds)
     if path is not None:
         damage.save(path)
         say.note(f"damage: kept in {path}")

@@ -97,6 +97,7 @@ def quantize(
     fit: budgets.Fit = False,
     damage: budgets.DamageFile = None,
     solver: budgets.SolverName = "gptq",
+    container: budgets.ContainerName = "gguf",
     runtime: LoadedBy = None,
     tp: Cards = 1,
     dry_run: DryRun = False,
@@ -112,13 +113,14 @@ def quantize(
         bitmill quantize ./my-model W4A16 -o my-model-w4a16 --calib chats.jsonl --chat
         bitmill quantize org/name --bits 4 --group-size 64 -o name-int4 --for vllm --dry-run
         bitmill quantize ./my-model --bpw 4.5 -o my-model.gguf
+        bitmill quantize ./my-model --bpw 4.5 --container mlx -o my-model-mlx
         bitmill quantize ./my-model Q4_K_M W4A16 -o my-model.gguf -o my-model-w4a16
     """
     from bitmill.source import open_source
 
     parts = (split_max_size, split_max_tensors, pre_tokenizer)
     types = Types(tensor_type or (), output_tensor_type, token_embedding_type, pure, *parts)
-    limits = budgets.Limits(bpw, size, fit, damage, solver)
+    limits = budgets.Limits(bpw, size, fit, damage, solver, container=container)
     limits.refuse_others(bool(recipe) or bits is not None, bool(keep) or types != Types())
     asked: Sequence[str | None] = recipe or (None,)
     outs: Sequence[Path | None] = out or (None,) * len(asked)
