@@ -166,11 +166,13 @@ class _Stall:
         return not self.types or kind in self.types
 
     def _refuses(self, lot: Lot, kind: str) -> bool:
-        first, container = lot.rows[0], self.largest.container
+        container = self.largest.container
         grid = container.adapt(registry.parse_grid(kind), self.dtype)
-        solver = self.largest.recipe.make_solver()
-        solved = lot.inside and kind not in BYTES
-        return bool(container.refuses(grid, first.role, first.shape) or (solved and solver.refuses(grid)))
+        if lot.inside and kind not in BYTES and self.largest.recipe.make_solver().refuses(grid):
+            return True
+        return any(
+            container.refuses(grid, role, shape) for role, shape in {(r.role, r.shape) for r in lot.rows}
+        )
 
 
 def _chosen_for(rows: Sequence[Row], damage: Damage) -> list[Row]:
