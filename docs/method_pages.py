@@ -32,6 +32,7 @@ DOCS = Path(__file__).parent
 SOURCE = DOCS / "methods.toml"
 MARK = "<!-- Written by docs/generate.py: edit docstrings, docs/methods.toml or docs/evidence. -->"
 SHAPE = (4096, 4096)
+MOST_PATTERNS = 3  # in a cell of a table
 NEEDS = ("nothing", "diagonal", "gram")
 ASKS = {"nothing": "none", "diagonal": "input sizes", "gram": "Gram matrices"}
 MODEL = {"hidden": 4096, "middle": 14336, "keys": 1024, "words": 128256, "layers": 32}
@@ -424,12 +425,22 @@ def qualities(rows: list[dict[str, Any]]) -> str:
     body = []
     for row in rows:
         scores = row["scores"]
-        line = f"`{row['recipe']}`" if "recipe" in row else "the peer's own"
+        line = shortened(row["recipe"]) if "recipe" in row else "the peer's own"
         losses = [f"{scores[kind]['mean_kld']:.4f}" for kind in ("docs", "other")]
         first = f"{100 * scores['docs']['same_top']:.1f} %"
         body.append([row["name"], line, f"{row['bpw']:.2f}", *losses, first])
     head = ["measured", "recipe", "bits a weight", "KLD, docs", "KLD, other", "same first choice"]
     return table(head, body)
+
+
+def shortened(recipe: str) -> str:
+    """A recipe for a cell of a table: many patterns are counted."""
+    patterns = re.findall(r"/[^/]+/=[^ ,]+, ?", recipe)
+    if len(patterns) <= MOST_PATTERNS:
+        return f"`{recipe}`"
+    for pattern in patterns:
+        recipe = recipe.replace(pattern, "", 1)
+    return f"`{recipe}`, and types for {len(patterns)} patterns"
 
 
 def speeds(rows: list[dict[str, Any]]) -> str:
