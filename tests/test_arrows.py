@@ -91,6 +91,7 @@ ARROWS: dict[str, set[str]] = {
         "run",
         "measurement",
         "budgeting",
+        "lots",
         "advise",
         "sweep",
         "pages",

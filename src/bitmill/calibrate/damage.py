@@ -18,7 +18,6 @@ One that no token was sent to counts as if one had been, at its block's damage a
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -29,15 +28,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bitmill.calibrate.experts import opened
 from bitmill.calibrate.tokens import Calibration
 from bitmill.calibrate.windows import tokens_sha256
 from bitmill.core import registry
 from bitmill.core.axes import Checkpoint, cache_of, inputs_of
 from bitmill.core.errors import BadFile, Refused, Unsolvable
 from bitmill.core.experts import stack_of
-from bitmill.families.base import LINEAR_ROLES, Family, describe, is_expert
-from bitmill.run.load import load_model
+from bitmill.families.base import LINEAR_ROLES, describe, is_expert
+from bitmill.run.experts import open_experts, weight_name
+from bitmill.run.load import LAYERS, load_model
 from bitmill.run.memory import available_bytes
 
 FILE_KIND = "bitmill-damage-1"
@@ -52,8 +51,6 @@ IN_256 = (
 IN_32 = ("q4_0", "iq4_nl", "q5_0", "q8_0")
 """Types for rows that are multiples of 32 only."""
 OUTSIDE = ("embed", "head")
-_LAYERS = "model.layers"
-_BLOCK = re.compile(r"(model\.layers\.\d+\.)(.+)")
 
 Progress = Callable[[str, int, int, str], None]
 
@@ -133,7 +130,7 @@ def measure_damage(
             fix="measure damage on the original model",
         )
     model = load_model(source)
-    _open_experts(model, source)
+    open_experts(model.get_submodule(LAYERS), LAYERS, describe(source.config), source.tensors)
     nn.Module.to(model, device)  # transformers' own wraps this one, and hides its types
     taps = _felt(model, source, calibration.tokens.to(device), progress, seed)
     if not taps:
@@ -256,7 +253,7 @@ def _felt(
     taps: dict[str, list[_Tap]] = {}
     family = describe(source.config)
     for path, module in model.named_modules():
-        name = _canonical(path, family)
+        name = weight_name(path, family)
         if module is head and name not in source.tensors:
             name = next(f"{p}.weight" for p, m in model.named_modules() if m is embedding)
         if name in source.tensors and (module is embedding or isinstance(module, nn.Linear)):
@@ -277,20 +274,6 @@ def _felt(
         if not all(bool(torch.isfinite(tap.rows).all()) for tap in found):
             raise Unsolvable("gradients are NaN or infinite", where=f"output of {name}")
     return {name: found for name, found in taps.items() if all(tap.tokens for tap in found)}
-
-
-def _open_experts(model: PreTrainedModel, source: Checkpoint) -> None:
-    """Let every expert be a linear of its own, in place."""
-    family = describe(source.config)
-    for index, block in model.get_submodule(_LAYERS).named_children() if family.has_single_experts else ():
-        prefix = f"{_LAYERS}.{index}."
-        opened(block, family, {n.removeprefix(prefix) for n in source.tensors if n.startswith(prefix)})
-
-
-def _canonical(path: str, family: Family) -> str:
-    """What a checkpoint calls the weight of a module."""
-    block = _BLOCK.match(path)
-    return f"{path}.weight" if block is None else f"{block[1]}{family.canonical(block[2])}.weight"
 
 
 def _unseen(

@@ -19,7 +19,6 @@ from greenlet import getcurrent
 from torch import Tensor, nn
 
 from bitmill.calibrate.crew import MicroBatches
-from bitmill.calibrate.experts import Experts, opened
 from bitmill.calibrate.head import Head
 from bitmill.calibrate.skeleton import empty_model, final_norm_path, find_layers, path_of, scaled_logits
 from bitmill.core.axes import Checkpoint, cache_of, inputs_of
@@ -28,8 +27,8 @@ from bitmill.core.experts import ExpertTokens
 from bitmill.core.types import Inputs
 from bitmill.families.base import describe
 from bitmill.numerics.cache import Change, cache_changes, check_cache, watch_cache
-from bitmill.numerics.expert_inputs import check_all_inputs
-from bitmill.numerics.inputs import input_hook, seen
+from bitmill.numerics.inputs import check_inputs, input_hook, seen
+from bitmill.run.experts import Experts, linears_of, open_experts
 
 Read = Callable[[str], Tensor]
 _VOCAB_ROWS = 16384  # head rows converted to float32 at a time: 37 MB at width 576, 268 MB at 4096
@@ -300,8 +299,9 @@ class Stream:
         self._calls: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._norm_path = final_norm_path(self._model, self.layers_path)
         self._inputs = inputs_of(checkpoint) if inputs is None else inputs
-        joined, where = self.family.joined, str(checkpoint.path)
-        check_all_inputs(self._model, self.layers_path, self._inputs, joined, where)
+        where = str(checkpoint.path)
+        open_experts(self._layers, self.layers_path, self.family, checkpoint.tensors)
+        check_inputs(linears_of(self._model, self.family), self._inputs, where)
         cache = cache_of(checkpoint) if inputs is None else {}
         check_cache(self._model, cache, where)
         self._cache = cache_changes(cache)
@@ -339,8 +339,6 @@ class Stream:
         """Block ``index`` with its weights filled in from ``read``."""
         module = copy.deepcopy(self._layers[index])
         prefix = f"{self.layers_path}.{index}."
-        names = self.checkpoint.tensors
-        opened(module, self.family, {n.removeprefix(prefix) for n in names if n.startswith(prefix)})
         for name, _ in list(module.named_parameters()):
             _assign(module, name, self._parameter(prefix, name, read), self.device, self.dtype)
         block = Block(self, index, module)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bitmill.core.caches import KEYS
 from bitmill.core.errors import Refused
+from bitmill.core.experts import expert_of
 from bitmill.core.inputs import HELD, InputGrid
 from bitmill.core.registry import cache_method
 from bitmill.core.types import Inputs, Params
@@ -122,18 +123,23 @@ class _Straight(torch.autograd.Function):
         return gradient, None
 
 
-def check_inputs(model: nn.Module, inputs: Mapping[str, Inputs], where: str) -> None:
+def check_inputs(linears: Mapping[str, nn.Linear], inputs: Mapping[str, Inputs], where: str) -> None:
     """Refuse to run a model that cannot round all the inputs that its checkpoint says are rounded.
 
+    Args:
+        linears: of the model, by the names of their weights.
+
     Raises:
-        Refused: a weight named is not one that a linear layer of ``model`` multiplies with, or its input is
-            not a whole number of groups.
+        Refused: a weight named is not one that a linear layer multiplies with, its input is not a whole
+            number of groups, or an expert's would share a scale with the tokens of other sequences.
     """
-    linears = {f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
     for name, how in inputs.items():
-        reason = (
-            how.grid.refuses(linears[name].in_features) if name in linears else "it is no linear layer here"
-        )
+        if name not in linears:
+            reason: str | None = "it is no linear layer here"
+        elif expert_of(name) is not None and how.grid.extent == "tensor" and not how.grid.static:
+            reason = "its experts see tokens of all sequences at once, and this takes a scale for each"
+        else:
+            reason = how.grid.refuses(linears[name].in_features)
         if reason is not None:
             raise Refused(
                 f"inputs of {name} are to be rounded to {how.grid}: {reason}",

@@ -24,11 +24,12 @@ from bitmill.core.errors import BadFile, Refused
 from bitmill.core.types import Inputs
 from bitmill.families.base import describe
 from bitmill.numerics.cache import cache_changes, check_cache, watch_cache
-from bitmill.numerics.expert_inputs import check_all_inputs, round_experts
-from bitmill.numerics.inputs import input_hook
+from bitmill.numerics.inputs import check_inputs, input_hook
+from bitmill.run.experts import linears_of, open_experts
 from bitmill.source import open_source
 
-_LAYERS = "model.layers"
+LAYERS = "model.layers"
+"""Where transformers' models have their blocks."""
 _PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
 
@@ -105,12 +106,11 @@ def _unknown(kind: str, checkpoint: Checkpoint) -> Refused:
 
 def _round(model: PreTrainedModel, inputs: Mapping[str, Inputs], checkpoint: Checkpoint) -> None:
     """Hooks that round inputs as the checkpoint says."""
-    joined = describe(checkpoint.config).joined
-    check_all_inputs(model, _LAYERS, inputs, joined, str(checkpoint.path))
-    for index, block in model.get_submodule(_LAYERS).named_children() if joined else ():
-        round_experts(block, f"{_LAYERS}.{index}.", inputs, joined)
-    linears = {f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    for name in inputs.keys() & linears.keys():
+    family = describe(checkpoint.config)
+    open_experts(model.get_submodule(LAYERS), LAYERS, family, checkpoint.tensors)
+    linears = linears_of(model, family)
+    check_inputs(linears, inputs, str(checkpoint.path))
+    for name in inputs:
         linears[name].register_forward_pre_hook(input_hook(partial(inputs.get, name)))
 
 

@@ -8,7 +8,8 @@ makes of those is not added to the model's own hidden states, which stay what th
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from bitmill.core.experts import ExpertTokens
 from bitmill.families.base import Family
 
 _GATED = {"gate_up_proj", "down_proj"}
+_BLOCK = re.compile(r"(model\.layers\.\d+\.)(.+)")
 
 
 class Experts(nn.Module):
@@ -114,24 +116,47 @@ def _linear(weight: Tensor) -> nn.Linear:
     return linear
 
 
-def opened(layer: nn.Module, family: Family, stored: Collection[str]) -> None:
-    """Put :class:`Experts` into ``layer``, in place, where transformers stacks what the checkpoint has apart;
-    their weights are the stacks' memory.
+def open_experts(layers: nn.Module, path: str, family: Family, stored: Iterable[str]) -> None:
+    """Put :class:`Experts` into blocks, in place, where transformers stacks what the checkpoint has apart.
+
+    Their weights are the stacks' memory.
 
     Args:
-        stored: paths of the layer's tensors in the checkpoint.
+        path: of ``layers`` in the model.
+        stored: names of the checkpoint's tensors.
     """
-    for path, parts in family.joined.items():
-        stack_path, _, leaf = path.rpartition(".")
-        if leaf != "gate_up_proj" or "{}" not in parts[0] or path in stored:
-            continue
-        stack = layer.get_submodule(stack_path)
-        if {name for name, _ in stack.named_parameters()} == _GATED:
-            names = [*parts, *family.joined[f"{stack_path}.down_proj"]]
-            parent, _, child = stack_path.rpartition(".")
-            leaves = [name.rpartition(".")[2] for name in names]
-            experts = Experts(stack, leaves)
-            layer.get_submodule(parent).add_module(child, experts)
-            router = next((family.inside(p) for p, role in family.names.items() if role == "router"), None)
-            if router is not None:
-                layer.get_submodule(router).register_forward_hook(experts.offered)
+    if not family.has_single_experts:
+        return
+    names = frozenset(stored)
+    for index, block in layers.named_children():
+        for stack, parts in family.joined.items():
+            module, _, leaf = stack.rpartition(".")
+            if leaf == "gate_up_proj" and "{}" in parts[0] and f"{path}.{index}.{stack}" not in names:
+                _open(block, module, parts + family.joined[f"{module}.down_proj"], family)
+
+
+def linears_of(model: nn.Module, family: Family) -> dict[str, nn.Linear]:
+    """Every linear by the name that a checkpoint has for its weight, those of opened experts among them."""
+    return {
+        weight_name(path, family): module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def weight_name(path: str, family: Family) -> str:
+    """What a checkpoint calls the weight of a module of the model."""
+    block = _BLOCK.match(path)
+    return f"{path if block is None else block[1] + family.canonical(block[2])}.weight"
+
+
+def _open(block: nn.Module, path: str, parts: Sequence[str], family: Family) -> None:
+    stack = block.get_submodule(path)
+    if {name for name, _ in stack.named_parameters()} != _GATED:
+        return
+    experts = Experts(stack, [part.rpartition(".")[2] for part in parts])
+    parent, _, child = path.rpartition(".")
+    block.get_submodule(parent).add_module(child, experts)
+    router = next((family.inside(p) for p, role in family.names.items() if role == "router"), None)
+    if router is not None:
+        block.get_submodule(router).register_forward_hook(experts.offered)
