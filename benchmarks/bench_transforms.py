@@ -6,7 +6,6 @@ python benchmarks/bench_transforms.py [--only awq ...] [--work FOLDER] [--reuse]
 from __future__ import annotations
 
 from compare import arguments, bench
-from safetensors.torch import load_file, save_file
 
 SIDES = {
     "awq int4-g64-asym": (("awq",), "awq + {solver} : int4-g64-asym > bitmill", False),
@@ -32,9 +31,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16, help="of calibration; the peer takes hours for 64")
     options = parser.parse_args()
     both = bench(options)
-    ids = load_file(both.tokens)["input_ids"]
-    both.tokens = both.work / f"tokens-{options.windows}.safetensors"
-    save_file({"input_ids": ids[:: len(ids) // options.windows].contiguous()}, both.tokens)
+    both.take(options.windows)
     ratios = []
     for name in options.only:
         extra, recipe, eight = SIDES[name]

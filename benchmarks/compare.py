@@ -72,6 +72,12 @@ class Bench:
             save_file({"input_ids": calibration_windows(self.model)}, path)
         return path
 
+    def take(self, windows: int) -> None:
+        """Calibrate on this many of the windows from here on, spread over them all."""
+        ids = load_file(self.tokens)["input_ids"]
+        self.tokens = self.work / f"tokens-{windows}.safetensors"
+        save_file({"input_ids": ids[:: len(ids) // windows].contiguous()}, self.tokens)
+
     def peer(
         self, environment: str, script: str, name: str, *options: str, eight_bit_inputs: bool = False
     ) -> dict[str, Any]:

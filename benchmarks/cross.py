@@ -1,6 +1,6 @@
 """Transform × solver on six grids: what each combination buys, beside the best single peer where one was run.
 
-    python benchmarks/cross.py [--grids int4-g64-asym nvfp4 ...] [--work FOLDER] [--reuse] [--stored]
+    python benchmarks/cross.py [--grids int4-g64-asym nvfp4 ...] [--windows 16] [--work FOLDER] [--reuse] [--stored]
 
 Rows that are not asked for stay as they were. q4_k is on the wide model, whose rows are multiples of 256.
 """
@@ -25,10 +25,10 @@ COMBINATIONS = (
     "awq + gptq(sweeps=4)",
 )
 WIDE = ("q4_k",)
-NOTES = """SmolLM2-135M off its 4-bit grid; every combination with the same 64 windows of 512 tokens of
+NOTES = """SmolLM2-135M off its 4-bit grid; every combination with the same {windows} windows of 512 tokens of
 Python's manual where it calibrates at all. KLD in nats against the original: `docs` is the calibration's kind
 of text (other topics), `other` is library source code and package pages. q4_k is on the wide model. In bold
-the least of a column; `peer` is llm-compressor's GPTQ on the same tokens, where it was run
+the least of a column; `peer` is llm-compressor's GPTQ with 64 windows of the same text, where it was run
 ([GPTQ](gptq.md))."""
 
 
@@ -37,9 +37,11 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--grids", nargs="+", choices=GRIDS, default=list(GRIDS))
     parser.add_argument("--only", nargs="+", choices=COMBINATIONS, default=list(COMBINATIONS))
+    parser.add_argument("--windows", type=int, default=16, help="of calibration")
     parser.add_argument("--stored", action="store_true", help="run nothing: the tables of what there is")
     options = parser.parse_args()
     both = bench(options)
+    both.take(options.windows)
     if not options.stored:
         for grid in options.grids:
             for combination in options.only:
@@ -47,7 +49,7 @@ def main() -> None:
     rows = [stored(both, *one) for one in everything() if kept(both, *one).is_file()]
     about = {**machine(), "threads": both.threads}
     write_json(both.evidence / "cross.json", {"about": about, "rows": rows})
-    parts = ["# Transforms and solvers, every combination", NOTES]
+    parts = ["# Transforms and solvers, every combination", NOTES.format(windows=options.windows)]
     parts += [table(both, grid, rows) for grid in GRIDS if any(row["grid"] == grid for row in rows)]
     text = "\n\n".join([*parts, signature(about)])
     (both.evidence / "cross.md").write_text(text + "\n", encoding="utf-8")
@@ -61,7 +63,12 @@ def everything() -> list[tuple[str, str]]:
 
 def kept(both: Bench, grid: str, combination: str) -> Path:
     """Where a combination's row is kept."""
-    return both.work / "results" / f"cross {grid} {combination}" / "scores.json"
+    return both.work / "results" / called(both, grid, combination) / "scores.json"
+
+
+def called(both: Bench, grid: str, combination: str) -> str:
+    """A run's name; its calibration is part of it."""
+    return f"cross {both.tokens.stem} {grid} {combination}"
 
 
 def stored(both: Bench, grid: str, combination: str) -> dict[str, Any]:
@@ -78,7 +85,7 @@ def run(both: Bench, grid: str, combination: str) -> None:
     model = both.wide_model if wide else both.model
     ruler = Ruler(model, both.work / "ruler-wide.safetensors") if wide else both.ruler
     plain = [] if "awq" in combination or "gptq" in combination else ["--plain"]
-    name = f"cross {grid} {combination}"
+    name = called(both, grid, combination)
     out, facts = both.run_bitmill(model, f"{combination} : {grid} > bitmill", name, *plain)
     both.add(name, facts, ruler.score_file(out / facts["file"]))
     write_json(kept(both, grid, combination), both.rows[-1])
