@@ -1,6 +1,7 @@
 """Transform × solver on six grids: what each combination buys, beside the best single peer where one was run.
 
-    python benchmarks/cross.py [--grids int4-g64-asym nvfp4 ...] [--windows 16] [--work FOLDER] [--reuse] [--stored]
+    python benchmarks/cross.py [--grids int4-g64-asym nvfp4 ...] [--windows 16] [--work FOLDER] [--reuse]
+        [--stored]
 
 Rows that are not asked for stay as they were. q4_k is on the wide model, whose rows are multiples of 256.
 """
