@@ -1,6 +1,6 @@
 """Inputs rounded as well: what W8A8, W4A8 and W4A4 cost, and what SmoothQuant and a Hadamard rotation buy.
 
-python benchmarks/activations.py [--only W8A16 ...] [--work FOLDER] [--reuse]
+python benchmarks/activations.py [--only W8A16 ...] [--windows 16] [--work FOLDER] [--reuse]
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RECIPES = {
     "W4A4": "gptq : int4-channel-sym, input=int4-token > bitmill",
     "Hadamard W4A4": "hadamard(r4=true) + gptq : int4-channel-sym, input=int4-token > bitmill",
 }
-NOTES = """SmolLM2-135M off its 4-bit grid; 64 windows of 512 tokens of Python's manual where anything is
+NOTES = """SmolLM2-135M off its 4-bit grid; {windows} windows of 512 tokens of Python's manual where anything is
 calibrated. Inputs of all linears of the blocks are rounded while the model is scored, as its runtime would; a
 token's scale is taken as it comes, a static one from calibration. KLD in nats against the original: `docs` is
 the calibration's kind of text, `other` is library source code and package pages."""
@@ -47,11 +47,13 @@ def main() -> None:
     """Run every recipe."""
     parser = arguments(__doc__)
     parser.add_argument("--only", nargs="+", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument("--windows", type=int, default=16, help="of calibration")
     options = parser.parse_args()
     ours = bench(options)
+    ours.take(options.windows)
     for name in options.only:
         scored(ours, RECIPES[name], name)
-    ours.report("activations", "Inputs rounded as well", NOTES)
+    ours.report("activations", "Inputs rounded as well", NOTES.format(windows=options.windows))
 
 
 if __name__ == "__main__":
