@@ -29,10 +29,10 @@ RECIPES = {
     "W4A4": "gptq : int4-channel-sym, input=int4-token > bitmill",
     "Hadamard W4A4": "hadamard(r4=true) + gptq : int4-channel-sym, input=int4-token > bitmill",
 }
-NOTES = """SmolLM2-135M off its 4-bit grid; {windows} windows of 512 tokens of Python's manual where anything is
-calibrated. Inputs of all linears of the blocks are rounded while the model is scored, as its runtime would; a
-token's scale is taken as it comes, a static one from calibration. KLD in nats against the original: `docs` is
-the calibration's kind of text, `other` is library source code and package pages."""
+NOTES = """SmolLM2-135M off its 4-bit grid; {windows} windows of 512 tokens of Python's manual where anything
+is calibrated. Inputs of all linears of the blocks are rounded while the model is scored, as its runtime
+would; a token's scale is taken as it comes, a static one from calibration. KLD in nats against the original:
+`docs` is the calibration's kind of text, `other` is library source code and package pages."""
 
 
 def scored(ours: Bench, recipe: str, name: str) -> None:

@@ -27,14 +27,13 @@ from bitmill.core.types import Inputs, Note, Row
 from bitmill.folding import FixedFold, places
 from bitmill.folding_plan import KEPT_BYTES
 from bitmill.held_out import HeldOut, held_out
-from bitmill.journal import Workspace
 from bitmill.numerics.cache import KEYS
 from bitmill.numerics.cayley import turned
 from bitmill.numerics.inputs import straight
 from bitmill.numerics.linear_maps import Diagonal, Hadamard, Orthogonal
 from bitmill.numerics.portions import Portions
-from bitmill.tuning import Tuning
-from bitmill.walk import Progress, Walk
+from bitmill.tuning import BesideWalk, Tuning
+from bitmill.walk import Walk
 
 UNIT = "rotate"
 LAST = "rotate: found"
@@ -46,32 +45,16 @@ Rotations = Mapping[str, Tensor]
 
 
 @dataclass
-class Rotating:
-    """The step before a walk that learns its rotations.
+class Rotating(BesideWalk):
+    """The step before a walk that learns its rotations; the walk folds them.
 
     Attributes:
-        walk: that folds them, and solves.
         job: the walk, or the walk and what comes after it.
         transform: that learns.
     """
 
-    walk: Walk
     job: Walk | Tuning
     transform: LearnedTransform
-
-    @property
-    def space(self) -> Workspace:
-        """What all fill."""
-        return self.walk.space
-
-    @property
-    def tell(self) -> Progress:
-        """Who hears of progress."""
-        return self.walk.tell
-
-    def verify_sample(self) -> None:
-        """See :meth:`Placing.verify_sample`."""
-        self.walk.verify_sample()
 
     def run(self, identity: Mapping[str, Any], done: Sequence[Mapping[str, Any]], started: float) -> Report:
         """Every unit that is not done yet; the report of all of them."""

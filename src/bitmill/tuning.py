@@ -34,20 +34,18 @@ WRITTEN = ": written"
 
 
 @dataclass
-class Tuning:
-    """A walk, and after it the step with the whole model.
+class BesideWalk:
+    """What has a walk do its part of a run.
 
     Attributes:
         walk: that solves, and writes.
-        solver: that learns afterwards.
     """
 
     walk: Walk
-    solver: ModelSolver
 
     @property
     def space(self) -> Workspace:
-        """What both fill."""
+        """What all fill."""
         return self.walk.space
 
     @property
@@ -58,6 +56,17 @@ class Tuning:
     def verify_sample(self) -> None:
         """See :meth:`Placing.verify_sample`."""
         self.walk.verify_sample()
+
+
+@dataclass
+class Tuning(BesideWalk):
+    """A walk, and after it the step with the whole model.
+
+    Attributes:
+        solver: that learns afterwards.
+    """
+
+    solver: ModelSolver
 
     def run(self, identity: Mapping[str, Any], done: Sequence[Mapping[str, Any]], started: float) -> Report:
         """Every unit that is not done yet; the report of all of them."""
