@@ -105,14 +105,12 @@ def quantize(
 ) -> None:
     """Quantize MODEL by RECIPE into OUT, and measure what it cost.
 
-    Everything that can be wrong is refused before the first weight is read. A run that is interrupted goes on
-    where it was when the command is given again. OUT appears whole or not at all; beside it, OUT.report.json.
-    Several outputs share the text they calibrate on, and the solution where only containers differ.
+    All that can be wrong is refused before the first weight is read. An interrupted run goes on when it is
+    given again. OUT appears whole or not at all; beside it, OUT.report.json. Several outputs share calibration.
 
         bitmill quantize smollm2 "gptq : q4_0, embed=q8_0" -o smollm2.gguf --html page.html
         bitmill quantize ./my-model W4A16 -o my-model-w4a16 --calib chats.jsonl --chat
         bitmill quantize org/name --bits 4 --group-size 64 -o name-int4 --for vllm --dry-run
-        bitmill quantize ./my-model --bpw 4.5 -o my-model.gguf
         bitmill quantize ./my-model --bpw 4.5 --container mlx -o my-model-mlx
         bitmill quantize ./my-model Q4_K_M W4A16 -o my-model.gguf -o my-model-w4a16
     """
