@@ -106,7 +106,7 @@ def quantize(
     """Quantize MODEL by RECIPE into OUT, and measure what it cost.
 
     All that can be wrong is refused before the first weight is read. An interrupted run goes on when it is
-    given again. OUT appears whole or not at all; beside it, OUT.report.json. Several outputs share calibration.
+    given again. OUT appears whole or not at all; beside it, OUT.report.json. Several outputs share text.
 
         bitmill quantize smollm2 "gptq : q4_0, embed=q8_0" -o smollm2.gguf --html page.html
         bitmill quantize ./my-model W4A16 -o my-model-w4a16 --calib chats.jsonl --chat
