@@ -20,7 +20,7 @@ from bitmill.planning import BYTES, MATRIX, Plan, plan, source_dtype
 from bitmill.recipe import Recipe, parse
 
 _ALIGNMENT = 32  # of a tensor in a GGUF file
-_LONGEST_TYPE = len(", =int4-g128-asym-sf16")
+_SIGNS = len(", =")  # around a pattern and its type, in a recipe
 _HEAD_ROOM = 64  # bytes: the base's name, which is not known before, and the end of the head
 _SLOT_ROOM = 128  # bytes: what a folder's headers say of one of a tensor's slots, beside its name
 _NAME_ROOM = 256  # bytes: what its config.json may say of one tensor, beside its name
@@ -138,10 +138,11 @@ class _Stall:
 
     def room(self, lots: Sequence[Lot], offers: Mapping[str, Sequence[Offer]]) -> int:
         """Bytes for the longest way to say what was chosen."""
-        said = _HEAD_ROOM + sum(len(longest_pattern(lot)) + _LONGEST_TYPE for lot in lots)
+        kinds = {offer.kind for of in offers.values() for offer in of}
+        longest = _SIGNS + max((len(kind) for kind in kinds), default=0)
+        said = _HEAD_ROOM + sum(len(longest_pattern(lot)) + longest for lot in lots)
         if self.gguf:
             return said
-        kinds = {offer.kind for of in offers.values() for offer in of}
         names = sum(2 * len(row.name) + _NAME_ROOM for lot in lots for row in lot.rows)
         slots = sum(
             max(
