@@ -35,7 +35,7 @@ from bitmill.core.axes import Checkpoint, cache_of, inputs_of
 from bitmill.core.errors import BadFile, Refused, Unsolvable
 from bitmill.core.experts import stack_of
 from bitmill.families.base import LINEAR_ROLES, describe, is_expert
-from bitmill.run.experts import open_experts, weight_name
+from bitmill.run.experts import open_all_experts, weight_name
 from bitmill.run.load import LAYERS, load_model
 from bitmill.run.memory import available_bytes
 
@@ -130,7 +130,7 @@ def measure_damage(
             fix="measure damage on the original model",
         )
     model = load_model(source)
-    open_experts(model.get_submodule(LAYERS), LAYERS, describe(source.config), source.tensors)
+    open_all_experts(model, LAYERS, describe(source.config), source.tensors)
     nn.Module.to(model, device)  # transformers' own wraps this one, and hides its types
     taps = _felt(model, source, calibration.tokens.to(device), progress, seed)
     if not taps:

@@ -28,7 +28,7 @@ from bitmill.core.types import Inputs
 from bitmill.families.base import describe
 from bitmill.numerics.cache import Change, cache_changes, check_cache, watch_cache
 from bitmill.numerics.inputs import check_inputs, input_hook, seen
-from bitmill.run.experts import Experts, linears_of, open_experts
+from bitmill.run.experts import Experts, linears_of, open_all_experts, open_experts
 
 Read = Callable[[str], Tensor]
 _VOCAB_ROWS = 16384  # head rows converted to float32 at a time: 37 MB at width 576, 268 MB at 4096
@@ -300,8 +300,10 @@ class Stream:
         self._norm_path = final_norm_path(self._model, self.layers_path)
         self._inputs = inputs_of(checkpoint) if inputs is None else inputs
         where = str(checkpoint.path)
-        open_experts(self._layers, self.layers_path, self.family, checkpoint.tensors)
-        check_inputs(linears_of(self._model, self.family), self._inputs, where)
+        if self._inputs:
+            whole = copy.deepcopy(self._model)
+            open_all_experts(whole, self.layers_path, self.family, checkpoint.tensors)
+            check_inputs(linears_of(whole, self.family), self._inputs, where)
         cache = cache_of(checkpoint) if inputs is None else {}
         check_cache(self._model, cache, where)
         self._cache = cache_changes(cache)
@@ -339,6 +341,7 @@ class Stream:
         """Block ``index`` with its weights filled in from ``read``."""
         module = copy.deepcopy(self._layers[index])
         prefix = f"{self.layers_path}.{index}."
+        open_experts(module, prefix, self.family, self.checkpoint.tensors)
         for name, _ in list(module.named_parameters()):
             _assign(module, name, self._parameter(prefix, name, read), self.device, self.dtype)
         block = Block(self, index, module)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -116,23 +116,25 @@ def _linear(weight: Tensor) -> nn.Linear:
     return linear
 
 
-def open_experts(layers: nn.Module, path: str, family: Family, stored: Iterable[str]) -> None:
-    """Put :class:`Experts` into blocks, in place, where transformers stacks what the checkpoint has apart.
+def open_experts(block: nn.Module, prefix: str, family: Family, stored: Container[str]) -> None:
+    """Put :class:`Experts` into ``block``, in place, where transformers stacks what the checkpoint has apart.
 
     Their weights are the stacks' memory.
 
     Args:
-        path: of ``layers`` in the model.
+        prefix: of the names of the block's tensors.
         stored: names of the checkpoint's tensors.
     """
-    if not family.has_single_experts:
-        return
-    names = frozenset(stored)
-    for index, block in layers.named_children():
-        for stack, parts in family.joined.items():
-            module, _, leaf = stack.rpartition(".")
-            if leaf == "gate_up_proj" and "{}" in parts[0] and f"{path}.{index}.{stack}" not in names:
-                _open(block, module, parts + family.joined[f"{module}.down_proj"], family)
+    for stack, parts in family.joined.items():
+        module, _, leaf = stack.rpartition(".")
+        if leaf == "gate_up_proj" and "{}" in parts[0] and f"{prefix}{stack}" not in stored:
+            _open(block, module, parts + family.joined[f"{module}.down_proj"], family)
+
+
+def open_all_experts(model: nn.Module, layers: str, family: Family, stored: Container[str]) -> None:
+    """:func:`open_experts` in every block of the list at ``layers``."""
+    for index, block in model.get_submodule(layers).named_children() if family.has_single_experts else ():
+        open_experts(block, f"{layers}.{index}.", family, stored)
 
 
 def linears_of(model: nn.Module, family: Family) -> dict[str, nn.Linear]:

@@ -25,7 +25,7 @@ from bitmill.core.types import Inputs
 from bitmill.families.base import describe
 from bitmill.numerics.cache import cache_changes, check_cache, watch_cache
 from bitmill.numerics.inputs import check_inputs, input_hook
-from bitmill.run.experts import linears_of, open_experts
+from bitmill.run.experts import linears_of, open_all_experts
 from bitmill.source import open_source
 
 LAYERS = "model.layers"
@@ -107,7 +107,7 @@ def _unknown(kind: str, checkpoint: Checkpoint) -> Refused:
 def _round(model: PreTrainedModel, inputs: Mapping[str, Inputs], checkpoint: Checkpoint) -> None:
     """Hooks that round inputs as the checkpoint says."""
     family = describe(checkpoint.config)
-    open_experts(model.get_submodule(LAYERS), LAYERS, family, checkpoint.tensors)
+    open_all_experts(model, LAYERS, family, checkpoint.tensors)
     linears = linears_of(model, family)
     check_inputs(linears, inputs, str(checkpoint.path))
     for name in inputs:
