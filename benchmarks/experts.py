@@ -166,7 +166,9 @@ def budgeted(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """One type for all against types by measured damage in as many bytes: by stack in GGUF, by expert in
     Bitmill's own folders."""
     source, made = open_source(str(folder)), []
-    drawn = calibration_tokens(source, None, nsamples=16, seqlen=WINDOW)
+    drawn = calibration_tokens(
+        source, None, nsamples=16, seqlen=WINDOW, seed=0, chat=False, progress=lambda *_: None
+    )
     damage = measure_damage(source, drawn)
     for container, suffix in (("gguf", ".gguf"), ("bitmill", "")):
         plain, chosen = (options.work / f"{name}-{container}{suffix}" for name in ("uniform", "budget"))
@@ -210,8 +212,9 @@ def main() -> None:
     rows = policies(options, folder)
     sizes = budgeted(options, folder)
     about = {**machine(), "threads": options.threads}
+    page = "experts" if options.family == "mixtral" else f"experts_{options.family}"
     write_json(
-        options.evidence / "experts.json", {"about": about, "model": facts, "rows": rows, "budget": sizes}
+        options.evidence / f"{page}.json", {"about": about, "model": facts, "rows": rows, "budget": sizes}
     )
     lines = [
         "| tokens | experts= | KLD | interval | least sent | least shown | seconds |",
@@ -229,7 +232,7 @@ def main() -> None:
         )
     notes = NOTES.format(family=options.family, steps=options.steps, **facts)
     parts = ["# Experts", notes, "\n".join(lines), "\n".join(more), signature(about)]
-    path = options.evidence / "experts.md"
+    path = options.evidence / f"{page}.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     print(path)
 
