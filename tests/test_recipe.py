@@ -70,7 +70,7 @@ def test_solver_settles_what_the_grid_leaves_open() -> None:
         ("Q4_K_M, //=q8_0", "empty"),
         ("Q4_K_M, purr", "no value"),
         ("int4-g64, pure", "mixture"),
-        ("int4-g64, /v_proj/=q8_0", "mixture"),
+        ("int4-g64, /v_proj/=q4_k_m", "one tensor has one type"),
         ("Q4_K_M, pure > bitmill", "GGUF"),
     ],
 )
