@@ -30,7 +30,7 @@ NOTES = """SmolLM2-135M off its 4-bit grid; every combination with the same {win
 Python's manual where it calibrates at all. KLD in nats against the original: `docs` is the calibration's kind
 of text (other topics), `other` is library source code and package pages. q4_k is on the wide model. In bold
 the least of a column; `peer` is llm-compressor's GPTQ with 64 windows of the same text, where it was run
-([GPTQ](gptq.md))."""
+([GPTQ](gptq.md)). A combination without a row was not run."""
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def main() -> None:
     rows = [stored(both, *one) for one in everything() if kept(both, *one).is_file()]
     about = {**machine(), "threads": both.threads}
     write_json(both.evidence / "cross.json", {"about": about, "rows": rows})
-    parts = ["# Transforms and solvers, every combination", NOTES.format(windows=options.windows)]
+    parts = ["# Transforms and solvers", NOTES.format(windows=options.windows)]
     parts += [table(both, grid, rows) for grid in GRIDS if any(row["grid"] == grid for row in rows)]
     text = "\n\n".join([*parts, signature(about)])
     (both.evidence / "cross.md").write_text(text + "\n", encoding="utf-8")
