@@ -11,7 +11,7 @@ from bitmill.allocation.budget import Budget, Offer
 from bitmill.allocation.mixture import Mixture
 from bitmill.calibrate.damage import Damage
 from bitmill.core import registry
-from bitmill.core.axes import Checkpoint, Weight
+from bitmill.core.axes import Checkpoint, Solver, Weight
 from bitmill.core.errors import Refused
 from bitmill.core.types import Row
 from bitmill.families.base import LINEAR_ROLES
@@ -64,7 +64,7 @@ class Market:
         start = "Q8_0, pure" if container == "gguf" else dtype
         largest = plan(parse(f"{solver} : {start} > {container.replace('_', '-')}"), source)
         lots = lots_of(_chosen_for(largest.rows, damage), container, source)
-        stall = _Stall(source, largest, damage, dtype, frozenset(types))
+        stall = _Stall(source, largest, damage, largest.recipe.make_solver(), dtype, frozenset(types))
         offers = {lot.name: stall.offers(lot) for lot in lots}
         fixed = largest.bytes_ - sum(stall.bytes_(lot, None) for lot in lots) + stall.room(lots, offers)
         kept = {lot.name: stall.kept(lot) for lot in lots}
@@ -103,6 +103,7 @@ class _Stall:
     source: Checkpoint
     largest: Plan
     damage: Damage
+    solver: Solver
     dtype: str
     types: frozenset[str]
 
@@ -169,7 +170,7 @@ class _Stall:
     def _refuses(self, lot: Lot, kind: str) -> bool:
         container = self.largest.container
         grid = container.adapt(registry.parse_grid(kind), self.dtype)
-        if lot.inside and kind not in BYTES and self.largest.recipe.make_solver().refuses(grid):
+        if lot.inside and kind not in BYTES and self.solver.refuses(grid):
             return True
         return any(
             container.refuses(grid, role, shape) for role, shape in {(r.role, r.shape) for r in lot.rows}

@@ -1,8 +1,7 @@
 """The hqq package as the judge of the folders that carry its name, and as a writer of them.
 
 Its layers load our tensors with nothing missing or left over. In single precision they decode to our values
-and compute our logits to its rounding; in 16 bits each of the two operations of decoding is rounded, which is
-their way.
+and compute our logits; in 16 bits each of the two operations of decoding is rounded, which is their way.
 """
 
 from __future__ import annotations
@@ -80,11 +79,6 @@ def logits(model: torch.nn.Module) -> Tensor:
     return model(tokens(2, 24)).logits.float()
 
 
-def assert_same(found: Tensor, wanted: Tensor) -> None:
-    """To single precision's rounding: hqq adds a bias after its product, torch often within it."""
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
-
-
 def check_weights(model: torch.nn.Module, output: Written) -> int:
     checked = 0
     for row in output.rows:
@@ -102,7 +96,7 @@ def test_layers_decode_to_our_values(tmp_path: Path, grid: str, dtype: str) -> N
     source, output = written(tmp_path, dtype, grid, tied=dtype == "bf16")
     model = loaded(output.path, torch.float32)
     assert check_weights(model, output) == 7 * SIZES["num_hidden_layers"]
-    assert_same(logits(model), logits(expected(source, output, torch.float32)))
+    assert torch.equal(logits(model), logits(expected(source, output, torch.float32)))
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
@@ -127,7 +121,10 @@ def test_other_families(tmp_path: Path, family: str) -> None:
     source, output = written(tmp_path, "bf16", "int4-g64-fz", family=family)
     model = loaded(output.path, torch.float32)
     assert check_weights(model, output)
-    assert_same(logits(model), logits(expected(source, output, torch.float32)))
+    found, wanted = logits(model), logits(expected(source, output, torch.float32))
+    # hqq adds a bias after its product, torch often within it: one rounding more.
+    close = 1e-5 * float(wanted.abs().max()) if family == "qwen2" else 0.0
+    torch.testing.assert_close(found, wanted, rtol=0, atol=close)
 
 
 def test_several_grids_and_layers_left_out(tmp_path: Path) -> None:
@@ -137,7 +134,7 @@ def test_several_grids_and_layers_left_out(tmp_path: Path) -> None:
     kinds = {row.name: type(model.get_submodule(row.name.removesuffix(".weight"))) for row in output.rows}
     for row in output.rows:
         assert (kinds[row.name] is HQQLinear) == str(row.grid).startswith("int"), row.name
-    assert_same(logits(model), logits(expected(source, output, torch.float32)))
+    assert torch.equal(logits(model), logits(expected(source, output, torch.float32)))
 
 
 @pytest.mark.parametrize("axis", [0, 1])

@@ -63,7 +63,8 @@ def test_from_pretrained(
         reference.get_parameter(row.name).copy_(wanted)
     found, wanted = (m(tokens(2, 24)).logits for m in (model, reference))
     # hqq adds a bias after its product, torch often within it: one rounding more.
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+    close = 1e-5 * float(wanted.abs().max()) if family == "qwen2" else 0.0
+    torch.testing.assert_close(found, wanted, rtol=0, atol=close)
 
 
 def test_text_is_generated(tmp_path: Path) -> None:

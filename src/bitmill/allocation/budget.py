@@ -14,7 +14,6 @@ from itertools import pairwise
 from typing import final
 
 from bitmill.core.axes import Allocation, Choice, Weight
-from bitmill.core.experts import stack_of
 
 
 @dataclass(frozen=True)
@@ -38,16 +37,14 @@ class Budget(Allocation):
     """A type for each tensor that was measured; the others stay dense.
 
     Attributes:
-        types: pairs of a tensor's name, as the model has it, and its offer; see :func:`spend`. Experts that
-            have one type together go by one name, with ``{}`` for their numbers.
+        types: pairs of a tensor's name, as the model has it, and its offer; see :func:`spend`.
     """
 
     types: tuple[tuple[str, Offer], ...] = ()
 
     def choose(self, weight: Weight) -> Choice | None:
         """What was bought for the tensor of this name."""
-        types = dict(self.types)
-        offer = types.get(weight.name) or types.get(stack_of(weight.name))
+        offer = dict(self.types).get(weight.name)
         return None if offer is None else Choice(offer.kind, f"budget: {offer.damage:.2g} nats")
 
     @property
