@@ -35,7 +35,7 @@ bench: $(VENV)/.installed ## methods side by side on the small model; with PEERS
 	$(PY) benchmarks/methods.py $(ARGS)
 	@if [ -n "$(PEERS)" ]; then \
 	  PYTHON="$(PYTHON)" sh benchmarks/setup_peers.sh out/benchmarks/peers && \
-	  for bench in gptq transforms hqq nf4 plain llamacpp; do $(PY) benchmarks/bench_$$bench.py || exit 1; done; fi
+	  for bench in gptq transforms hqq nf4 plain autoround llamacpp; do $(PY) benchmarks/bench_$$bench.py || exit 1; done; fi
 
 docs: $(VENV)/.installed ## write the pages that come from docstrings
 	$(PY) docs/generate.py

@@ -32,9 +32,11 @@ METHODS = (
     "iq4_nl-rot", "int4", "int4-rot", "int4-channel", "kivi-4", "turboquant-4", "turboquant-4-nc",
     "turboquant-4-prod", "polarquant", "turboquant-3.5", "turboquant-3", "turboquant-3-nc",
     "k=turboquant-4,v=turboquant-3", "int3-rot", "turboquant-2.5", "int2", "int2-rot", "kivi-2",
-    "turboquant-2", "turboquant-2,ends=2", "turboquant-2,window=128", "qjl",
+    "turboquant-2", "turboquant-2,ends=2", "qjl", "iq4_nl-rot,window=128", "int4-rot,window=128",
+    "turboquant-4,window=128", "turboquant-3.5,window=128", "turboquant-3,window=128",
+    "turboquant-2.5,window=128", "turboquant-2,window=128",
 )  # fmt: skip
-"""From many bits to few."""
+"""From many bits to few, then with the latest tokens exact."""
 PEERS = ("quanto-4", "quanto-2", "hqq-4", "hqq-2", "fp8")
 """Backends of transformers' QuantizedCache, and bits."""
 DEPTHS = 10

@@ -1,12 +1,13 @@
 #!/bin/sh
-# The peers' environments, each its own: setup_peers.sh FOLDER [llmc] [hqq] [torchao] [mlx] [llamacpp]
-# FOLDER/llmc   llm-compressor;  FOLDER/hqq   hqq and bitsandbytes;  FOLDER/llamacpp   llama.cpp's own tools
+# The peers' environments, each its own: setup_peers.sh FOLDER [llmc] [hqq] [torchao] [mlx] [autoround] [llamacpp]
+# FOLDER/llmc   llm-compressor;  FOLDER/hqq   hqq and bitsandbytes;  FOLDER/autoround   Intel's auto-round;
+# FOLDER/llamacpp   llama.cpp's own tools
 # Then run the comparisons with --work so that FOLDER is WORK/peers.
 set -eu
 here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
-folder=${1:?usage: setup_peers.sh FOLDER [llmc] [hqq] [torchao] [mlx] [llamacpp]}
+folder=${1:?usage: setup_peers.sh FOLDER [llmc] [hqq] [torchao] [mlx] [autoround] [llamacpp]}
 shift
-[ $# -gt 0 ] || set -- llmc hqq torchao mlx llamacpp
+[ $# -gt 0 ] || set -- llmc hqq torchao mlx autoround llamacpp
 mkdir -p "$folder"
 
 environment() { # name
@@ -35,7 +36,7 @@ llamacpp() { # the tools are CMake targets in the tree that llama-cpp-python's s
 
 for peer in "$@"; do
     case $peer in
-        llmc | hqq | torchao | mlx) environment "$peer" ;;
+        llmc | hqq | torchao | mlx | autoround) environment "$peer" ;;
         llamacpp) llamacpp ;;
         *) echo "unknown peer $peer" >&2; exit 2 ;;
     esac

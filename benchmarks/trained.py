@@ -1,8 +1,8 @@
 """Weights that are trained: EfficientQAT's first stage with either derivative of rounding, and LLM-QAT with
 inputs and cache rounded, each beside plain rounding and GPTQ.
 
-python benchmarks/trained.py [--grids int2 ...] [--steps 400] [--whole-steps 100] [--work FOLDER] [--reuse]
-    [--only blocks|whole]
+python benchmarks/trained.py [--grids int2 ...] [--steps 400] [--whole-steps 100] [--only blocks|whole]
+    [--batch 4] [--windows 64] [--work FOLDER] [--reuse]
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from compare import arguments, bench
 GRIDS = {"int2": "int2-g64-asym", "int3": "int3-g64-asym", "int4": "int4-g64-asym"}
 INPUTS = "int4-channel-sym, input=int8-token, cache=int4-token-asym > bitmill"
 AMPLITUDE = 0.21
-NOTES = """The off-grid test model. Rows of a grid have the same 64 windows of 512 tokens of Python's manual;
-`wave` is EfficientQAT with StableQAT's derivative of rounding (amplitude 0.21) in place of the identity, same
-windows, steps and seed. The rows `4-8-4` have weights of 4 bits by channel, inputs of 8 and keys and values
-of 4, measured with inputs and cache rounded; `llmqat` learns from what the model itself writes. KLD in nats
-against the original: `docs` is the calibration's kind of text (other topics), `other` is library source code
-and package pages. Smaller is better."""
+NOTES = """The off-grid test model. Rows of a grid have the same {windows} windows of 512 tokens of Python's
+manual; `efficientqat` takes {steps} steps of {batch} windows a block, and `wave` is the same with StableQAT's
+derivative of rounding (amplitude 0.21) in place of the identity. The rows `4-8-4` have weights of 4 bits by
+channel, inputs of 8 and keys and values of 4, measured with inputs and cache rounded; `llmqat` learns from
+what the model itself writes. KLD in nats against the original: `docs` is the calibration's kind of text
+(other topics), `other` is library source code and package pages. Smaller is better."""
 
 
 def main() -> None:
@@ -25,17 +25,22 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--grids", nargs="+", choices=list(GRIDS), default=["int2", "int3"])
     parser.add_argument("--steps", type=int, default=400, help="of EfficientQAT, a block")
+    parser.add_argument("--batch", type=int, default=4, help="of EfficientQAT, windows a step")
     parser.add_argument("--whole-steps", type=int, default=100, help="of LLM-QAT")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of EfficientQAT: both derivatives")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of EfficientQAT")
+    parser.add_argument("--identity", action="store_true", help="not the other derivative")
     parser.add_argument("--only", choices=["blocks", "whole"], help="a half of the table")
+    parser.add_argument("--windows", type=int, default=64, help="of calibration")
     options = parser.parse_args()
     ours = bench(options)
+    ours.take(options.windows)
     for name in options.grids if options.only != "whole" else []:
         solvers = {"nearest": "nearest", "gptq": "gptq"}
         for seed in options.seeds:
-            told = f"steps={options.steps}, seed={seed}"
+            told = f"steps={options.steps}, batch={options.batch}, seed={seed}"
             solvers[f"efficientqat {seed}"] = f"efficientqat({told})"
-            solvers[f"efficientqat {seed} wave"] = f"efficientqat({told}, amplitude={AMPLITUDE})"
+            if not options.identity:
+                solvers[f"efficientqat {seed} wave"] = f"efficientqat({told}, amplitude={AMPLITUDE})"
         for called, solver in solvers.items():
             ours.bitmill(f"{solver} : {GRIDS[name]} > bitmill", f"{name} {called}")
     if options.only != "blocks":
@@ -43,7 +48,7 @@ def main() -> None:
         ours.bitmill(f"gptq : {INPUTS}", "4-8-4 gptq", loaded=True)
         trained = f"llmqat(steps={options.whole_steps})"
         ours.bitmill(f"{trained} : {INPUTS}", "4-8-4 llmqat", "--default", loaded=True)
-    ours.report("trained", "Weights that are trained", NOTES)
+    ours.report("trained", "Weights that are trained", NOTES.format(**vars(options)))
 
 
 if __name__ == "__main__":
