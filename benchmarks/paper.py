@@ -33,6 +33,10 @@ SIDES = {
     "f16, cache f16": ("f16 > gguf", "f16"),
     "Q4_K_M, cache f16": ("nearest : Q4_K_M > gguf", "f16"),
     "Q4_K_M, cache 3.5 bits": ("nearest : Q4_K_M > gguf", "turboquant-3.5"),
+    "Q4_K_M, cache 3.5 bits, the latest 128 tokens as they are": (
+        "nearest : Q4_K_M > gguf",
+        "turboquant-3.5,window=128",
+    ),
 }
 BULLETS = 5
 QUESTION = 160  # tokens of the question and the template, at most

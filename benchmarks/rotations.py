@@ -34,8 +34,8 @@ RECIPES = {
     "Hadamard, in the weights alone": f"hadamard + nearest : {ROUNDING}",
     "Hadamard": f"hadamard({RUNTIME}) + nearest : {ROUNDING}",
     "Hadamard + GPTQ": f"hadamard({RUNTIME}) + gptq : {ROUNDING}",
-    "Hadamard + GPTQ, clipped (QuaRot)": f"hadamard({RUNTIME}) + gptq : {CLIPPED}",
     "learned + GPTQ (SpinQuant)": f"spinquant({RUNTIME}, steps={{steps}}) + gptq : {ROUNDING}",
+    "Hadamard + GPTQ, clipped (QuaRot)": f"hadamard({RUNTIME}) + gptq : {CLIPPED}",
     "learned on the text + GPTQ": f"spinquant({RUNTIME}, steps={{steps}}, loss=text) + gptq : {ROUNDING}",
     "learned, in the weights alone": f"spinquant(steps={{steps}}) + gptq : {ROUNDING}",
     "learned in blocks of 64": f"spinquant({RUNTIME}, steps={{steps}}, block=64) + gptq : {ROUNDING}",
@@ -185,7 +185,8 @@ def main() -> None:
         + "|"
     )
     notes = said.format(windows=options.windows, steps=options.steps, count=options.count)
-    body = "\n".join([head, *map(row_of, rows)])
+    learned = [f"- *{row['name']}*: {note}" for row in rows for note in row["rotations"]]
+    body = "\n".join([head, *map(row_of, rows)]) + "".join(f"\n\n{line}" for line in learned)
     path = ours.evidence / f"{file}.md"
     path.write_text(f"# {title}\n\n{notes}\n\n{body}\n\n{signature(about)}\n", encoding="utf-8")
     print(path)

@@ -14,9 +14,11 @@ from bitmill.calibrate.moments import load_moments
 from bitmill.core import registry
 from bitmill.core.axes import ScalarGrid
 from bitmill.core.errors import Interrupted, Refused
+from bitmill.core.learning import BlockTask
 from bitmill.core.types import Moments, Problem
 from bitmill.grids.integer import Integer
 from bitmill.numerics.learned import Learned
+from bitmill.numerics.lessons import Course
 from bitmill.solvers.autoround import AutoRound
 from bitmill.source import open_source
 from tests.tiny import make_model, tokens
@@ -115,6 +117,21 @@ def test_a_layers_own_error_falls(text: str) -> None:
     ratio = loss(solution.quantized.dense()) / plain
     assert ratio < (0.7 if text != "fp8-e4m3-channel" else 1)  # steps grow with the values there
     assert solution.notes[0].value == pytest.approx(ratio, rel=1e-3)
+
+
+def test_lessons_in_half_the_bits_point_the_same_way_and_are_judged_alike() -> None:
+    grid, w, x = registry.parse_grid("int4-g32-asym"), _weight(), torch.randn(16, 24, 256)
+    wanted = x @ w.T
+    task = BlockTask(
+        "block", [Problem("w", "q", w, _gram())], [grid], 16,
+        lambda values, windows: torch.nn.functional.linear(x[windows], values[0]), wanted.__getitem__,
+    )  # fmt: skip
+    full, half = (Course.of_block(task, 4, 0, half) for half in (False, True))
+    assert full.first == half.first
+    found = [course.gradients([course.best[0].dense()]) for course in (full, half)]
+    exact, rough = (one[0] for one in found if one is not None)
+    assert exact is not None and rough is not None and rough.dtype == torch.float32
+    assert float(torch.cosine_similarity(exact.flatten(), rough.flatten(), dim=0)) > 0.98
 
 
 @pytest.mark.parametrize("grid", ["int2-g32-asym", "int4-g32-sym", "nf4-b64"])

@@ -120,12 +120,27 @@ def _walked(model: Path, out: Path, recipe: str, ids: Tensor) -> Walk:
     return walk
 
 
+@pytest.mark.parametrize(("inputs", "rounded"), [("", False), (", input=int8-token", True)])
+def test_lessons_in_half_the_bits_point_the_same_way(inputs: str, rounded: bool, tmp_path: Path) -> None:
+    """What rounds its inputs is multiplied as it was rounded, in float32."""
+    model, ids = make_model(tmp_path / "model"), tokens(3, 24)
+    walk = _walked(model, tmp_path / "out", f"nearest + tune : int3-g32-asym{inputs} > bitmill", ids)
+    original, found, losses = tuning.Stream(walk.source).head(), [], []
+    for half in (False, True):
+        ours = Distilled(walk, Tune(half=half), range(3))
+        loss, slopes = ours.lesson(ids, ours.wanted(ids), original, ours.start()[0])
+        found.append(torch.cat([slopes[name].flatten() for name in sorted(slopes)]))
+        losses.append(loss)
+    assert losses[1] == pytest.approx(losses[0], rel=0 if rounded else 0.05)
+    assert float(torch.cosine_similarity(*found, dim=0)) > (1 - 1e-6 if rounded else 0.98)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_derivatives_through_the_model_are_autograds(family: str, tmp_path: Path) -> None:
     """Against transformers' own model, with an integer grid written out."""
     model, ids = make_model(tmp_path / "model", family), tokens(3, 24)
     walk = _walked(model, tmp_path / "out", "nearest + tune : int3-g32-asym > bitmill", ids)
-    ours = Distilled(walk, Tune(), range(3))
+    ours = Distilled(walk, Tune(half=False), range(3))
     start, units = ours.start()
     original = tuning.Stream(walk.source).head()
     loss, found = ours.lesson(ids, ours.wanted(ids), original, start)

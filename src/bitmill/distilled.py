@@ -17,11 +17,12 @@ from torch import Tensor
 
 from bitmill.calibrate.head import Head, divergence
 from bitmill.calibrate.stream import Block, Stream
-from bitmill.core.axes import inputs_of
+from bitmill.core.axes import cache_of, inputs_of
 from bitmill.core.errors import Unsolvable
 from bitmill.core.learning import ModelSolver
 from bitmill.core.types import Row
 from bitmill.moved import SLOW, Leaves, Moved, MovedNorm, MovedScales, MovedWeight
+from bitmill.numerics.half import products_in_half
 from bitmill.numerics.moving import all_linear, moving
 from bitmill.numerics.portions import Portions
 from bitmill.relabel import relabelled
@@ -53,6 +54,8 @@ class Distilled:
         kept = {n: w for n, row in rows.items() if (w := self._weight(row, row.layer in blocks)) is not None}
         self.weights: Mapping[str, Moved] = kept
         self.stream = Stream(self._written, walk.device, read=self._read)
+        # What is rounded on the way has to be multiplied as it was rounded.
+        self._half = solver.half and not (inputs_of(self._written) or cache_of(self._written))
         self.head: Head = self.stream.head()
         last = len(blocks) > 0 and blocks[-1] + 1 == self.stream.layers
         moves = {
@@ -108,7 +111,7 @@ class Distilled:
     ) -> tuple[float, dict[str, Tensor]]:
         """With so many tokens inside a block at once."""
         inputs: list[Tensor] = []
-        hidden = self._up(tokens, leaves, inputs, size)
+        hidden = self._up(tokens, leaves, inputs, size, self._half)
         loss, gradient, found = self._top(hidden, wanted, original, leaves)
         for block, names in zip(reversed(self._blocks), reversed(self._inside), strict=True):
             gradient, here = self._down(block, names, leaves, inputs.pop(), gradient, size)
@@ -133,9 +136,11 @@ class Distilled:
     def _through(self, work: Callable[[int], T], tokens: Tensor) -> T:
         return self.portions.through(work, tokens.numel(), tokens.shape[1])
 
-    def _up(self, tokens: Tensor, leaves: Leaves, inputs: list[Tensor] | None, size: int) -> Tensor:
+    def _up(
+        self, tokens: Tensor, leaves: Leaves, inputs: list[Tensor] | None, size: int, half: bool = False
+    ) -> Tensor:
         hidden = self.stream.embed(tokens)
-        with torch.no_grad():
+        with torch.no_grad(), products_in_half(self._device, half):
             for block, names in zip(self._blocks, self._inside, strict=True):
                 if inputs is not None:
                     inputs.append(hidden)
@@ -180,7 +185,7 @@ class Distilled:
         before = []
         for x, pull in zip(_parts(inputs, size), _parts(gradient, size), strict=True):
             x = x.detach().requires_grad_()
-            with torch.enable_grad():
+            with torch.enable_grad(), products_in_half(self._device, self._half):
                 out = block.outputs(paths, x)
             found = torch.autograd.grad(out, [x, *moving.values()], pull, allow_unused=True)
             before.append(torch.zeros_like(x) if found[0] is None else found[0])

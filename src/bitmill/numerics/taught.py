@@ -43,12 +43,14 @@ class Taught(BlockSolver):
     Attributes:
         steps: of descent.
         batch: windows a step.
+        half: whether lessons may be in bfloat16.
         seed: which windows come when.
         lesson: what notes call it.
     """
 
     steps: int
     batch: int
+    half: bool
     seed: int
     lesson: ClassVar[str]
 
@@ -93,7 +95,7 @@ class Taught(BlockSolver):
         Raises:
             ValueError: a grid that :meth:`refuses` names.
         """
-        course = Course.of_block(task, self.batch, self.seed)
+        course = Course.of_block(task, self.batch, self.seed, self.half)
         self._go_through(course, task.problems)
         notes = course.notes(task.name, self.lesson)
         return [Solution(one, notes if not at else ()) for at, one in enumerate(course.best)]

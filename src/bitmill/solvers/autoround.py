@@ -26,6 +26,8 @@ class AutoRound(Taught):
         rate: how far each offset moves in the first step, in steps of the grid; it falls to nothing over the
             run. 0 takes ``1 / steps``.
         ranges: whether ranges are learned, too.
+        half: whether the block is computed in bfloat16 while it learns, where the processor has it, as the
+            authors do; what is kept is chosen in float32 either way.
         seed: which windows come when.
     """
 
@@ -33,6 +35,7 @@ class AutoRound(Taught):
     batch: int = 8
     rate: float = 0.0
     ranges: bool = True
+    half: bool = True
     seed: int = 0
 
     needs: ClassVar[str] = "diagonal"

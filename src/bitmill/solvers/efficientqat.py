@@ -35,6 +35,8 @@ class EfficientQat(Taught):
         ranges: whether ranges (scales and zero points) are trained, too.
         amplitude: of the wave whose derivative stands for that of rounding (StableQAT, arXiv 2601.19320; its
             authors take 0.21); 0 takes rounding as the identity.
+        half: whether the block is computed in bfloat16 while it learns, where the processor has it, as the
+            authors do; what is kept is chosen in float32 either way.
         seed: which windows come when.
     """
 
@@ -43,6 +45,7 @@ class EfficientQat(Taught):
     rate: float = 0.0
     ranges: bool = True
     amplitude: float = 0.0
+    half: bool = True
     seed: int = 0
 
     needs: ClassVar[str] = "diagonal"

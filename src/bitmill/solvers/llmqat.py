@@ -69,6 +69,11 @@ class LlmQat(Distilling):
         return text
 
     @property
+    def half(self) -> bool:
+        """Steps are a small part of what bfloat16 leaves out."""
+        return False
+
+    @property
     def weights(self) -> bool:
         """They move."""
         return True

@@ -28,6 +28,8 @@ class Tune(Distilling):
         batch: windows a step.
         rate: relative move of each scale in a step, at most; it falls to nothing over the run.
         norms: whether the weights of norms move, too.
+        half: whether the model is computed in bfloat16 while it learns, where the processor has it and the
+            recipe rounds no inputs; it is judged in float32 either way.
         seed: which windows come when.
     """
 
@@ -35,6 +37,7 @@ class Tune(Distilling):
     batch: int = 4
     rate: float = 1e-3
     norms: bool = True
+    half: bool = True
     seed: int = 0
 
     needs: ClassVar[str] = "nothing"
