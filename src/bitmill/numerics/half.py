@@ -15,7 +15,10 @@ def products_in_half(device: torch.device, wanted: bool) -> AbstractContextManag
 def _multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
+    if device.type != "cpu":
         return False
-    told = torch.cpu.get_capabilities()
+    try:
+        told = torch.cpu.get_capabilities()
+    except AttributeError:  # an older torch does not say
+        return False
     return bool(told.get("avx512_bf16") or told.get("amx_bf16"))
