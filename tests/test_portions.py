@@ -110,7 +110,7 @@ def _task(most: int) -> BlockTask:
 
 @pytest.mark.parametrize("most", [1, 2, 5])
 def test_a_blocks_gradient_is_the_same(most: int) -> None:
-    whole, parts = (Course.of_block(_task(n), 7, 0) for n in (99, most))
+    whole, parts = (Course.of_block(_task(n), 7, 0, half=False) for n in (99, most))
     assert parts.first == pytest.approx(whole.first, rel=1e-6)
     for _ in range(3):
         wanted, found = (c.gradients([c.best[0].dense()]) for c in (whole, parts))
@@ -119,7 +119,7 @@ def test_a_blocks_gradient_is_the_same(most: int) -> None:
     assert [note.kind for note in parts.notes("block 0", "x")] == ["learned", "memory"]
     assert [note.kind for note in whole.notes("block 0", "x")] == ["learned"]
     with pytest.raises(Interrupted, match="1 windows"):
-        Course.of_block(_task(0), 7, 0)
+        Course.of_block(_task(0), 7, 0, half=False)
 
 
 @pytest.mark.parametrize("solver", ["autoround(steps=3)", "efficientqat(steps=3, rate=0.2)"])
