@@ -6,7 +6,7 @@ python benchmarks/bench_autoround.py [--bits 4 2] [--steps 200] [--batch 8] [--w
 
 from __future__ import annotations
 
-from compare import arguments, bench
+from compare import against, arguments, bench
 
 NOTES = """The same {windows} windows of 512 tokens of Python's manual, one side after the other; {steps}
 steps of {batch} windows a block, group 64, asymmetric, ranges learned. Bitmill holds an eighth of the windows
@@ -33,13 +33,7 @@ def main() -> None:
         theirs = both.peer("autoround", "peer_autoround.py", f"auto-round {told}", *extra)
         solver = f"autoround(steps={options.steps}, batch={options.batch})"
         ours = both.bitmill(f"{solver} : {grid} > compressed-tensors", f"bitmill autoround {told}")
-        loss = [
-            ours["scores"][kind]["mean_kld"] / theirs["scores"][kind]["mean_kld"] for kind in ours["scores"]
-        ]
-        ratios.append(
-            f"int{bits}: bitmill's KLD is {loss[0]:.2f} (docs) and {loss[1]:.2f} (other) of the peer's, "
-            f"in {ours['seconds'] / theirs['seconds']:.3f} of its time."
-        )
+        ratios.append(f"{against(f'int{bits}', ours, theirs)}.")
     both.report(
         "autoround", "AutoRound, side by side", NOTES.format(**vars(options)) + "\n\n" + "\n".join(ratios)
     )

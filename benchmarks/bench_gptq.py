@@ -6,7 +6,7 @@ time.
 
 from __future__ import annotations
 
-from compare import arguments, bench
+from compare import against, arguments, bench
 
 NOTES = """The same 64 windows of 512 tokens of Python's manual, group 64, asymmetric, one after the other.
 `seconds` is the peer's `oneshot` call alone, and all of `bitmill.quantize` with reading the model and writing
@@ -28,14 +28,8 @@ def main() -> None:
         theirs = both.peer("llmc", "peer_llmc.py", f"llm-compressor gptq int{bits}-g64-asym", *extra)
         recipe = options.recipe.format(bits=bits)
         ours = both.bitmill(recipe, f"bitmill gptq int{bits}-g64-asym")
-        loss = [
-            ours["scores"][kind]["mean_kld"] / theirs["scores"][kind]["mean_kld"] for kind in ours["scores"]
-        ]
-        ratios.append(
-            f"int{bits}: bitmill's KLD is {loss[0]:.2f} (docs) and {loss[1]:.2f} (other) of the peer's, "
-            f"in {ours['seconds'] / theirs['seconds']:.3f} of its time; the whole processes, "
-            f"{ours['seconds_whole'] / theirs['seconds_whole']:.3f}."
-        )
+        whole = ours["seconds_whole"] / theirs["seconds_whole"]
+        ratios.append(f"{against(f'int{bits}', ours, theirs)}; the whole processes, {whole:.3f}.")
     both.report("gptq", "GPTQ, side by side", NOTES.format(batch=options.batch) + "\n\n" + "\n".join(ratios))
 
 

@@ -5,7 +5,7 @@ python benchmarks/bench_transforms.py [--only awq ...] [--work FOLDER] [--reuse]
 
 from __future__ import annotations
 
-from compare import arguments, bench
+from compare import against, arguments, bench
 
 SIDES = {
     "awq int4-g64-asym": (("awq",), "awq + {solver} : int4-g64-asym > bitmill", False),
@@ -38,13 +38,7 @@ def main() -> None:
         peer = f"llm-compressor {name}"
         theirs = both.peer("llmc", "peer_llmc.py", peer, *extra, eight_bit_inputs=eight)
         ours = both.bitmill(recipe.format(solver=options.solver), f"bitmill {name}", loaded=eight)
-        loss = [
-            ours["scores"][kind]["mean_kld"] / theirs["scores"][kind]["mean_kld"] for kind in ours["scores"]
-        ]
-        ratios.append(
-            f"{name}: bitmill's KLD is {loss[0]:.2f} (docs) and {loss[1]:.2f} (other) of the peer's, "
-            f"in {ours['seconds'] / theirs['seconds']:.3f} of its time."
-        )
+        ratios.append(f"{against(name, ours, theirs)}.")
     both.report(
         "transforms",
         "AWQ and SmoothQuant, side by side",

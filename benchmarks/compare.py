@@ -165,6 +165,18 @@ class Bench:
         return path
 
 
+def against(name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """One sentence: a row of ours beside the peer's, without a full stop."""
+    docs, other = (
+        ours["scores"][kind]["mean_kld"] / theirs["scores"][kind]["mean_kld"] for kind in ("docs", "other")
+    )
+    time = ours["seconds"] / theirs["seconds"]
+    return (
+        f"{name}: bitmill's KLD is {docs:.2f} (docs) and {other:.2f} (other) of the peer's, "
+        f"in {time:.3f} of its time"
+    )
+
+
 def machine() -> dict[str, Any]:
     """What the numbers were taken on."""
     model = platform.processor() or platform.machine()

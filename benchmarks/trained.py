@@ -1,5 +1,5 @@
-"""Weights that are trained: EfficientQAT's first stage with either derivative of rounding, and LLM-QAT with
-inputs and cache rounded, each beside plain rounding and GPTQ.
+"""Weights that are trained: EfficientQAT's first stage with either derivative of rounding beside plain
+rounding, GPTQ and AutoRound, and LLM-QAT with inputs and cache rounded beside the first two.
 
 python benchmarks/trained.py [--grids int2 ...] [--steps 400] [--whole-steps 100] [--only blocks|whole]
     [--batch 4] [--windows 64] [--work FOLDER] [--reuse]
@@ -13,11 +13,12 @@ GRIDS = {"int2": "int2-g64-asym", "int3": "int3-g64-asym", "int4": "int4-g64-asy
 INPUTS = "int4-channel-sym, input=int8-token, cache=int4-token-asym > bitmill"
 AMPLITUDE = 0.21
 NOTES = """The off-grid test model. Rows of a grid have the same {windows} windows of 512 tokens of Python's
-manual; `efficientqat` takes {steps} steps of {batch} windows a block, and `wave` is the same with StableQAT's
-derivative of rounding (amplitude 0.21) in place of the identity. The rows `4-8-4` have weights of 4 bits by
-channel, inputs of 8 and keys and values of 4, measured with inputs and cache rounded; `llmqat` learns from
-what the model itself writes. KLD in nats against the original: `docs` is the calibration's kind of text
-(other topics), `other` is library source code and package pages. Smaller is better."""
+manual; `efficientqat` and `autoround` take {steps} steps of {batch} windows a block, and `wave` is
+EfficientQAT with StableQAT's derivative of rounding (amplitude 0.21) in place of the identity. The rows
+`4-8-4` have weights of 4 bits by channel, inputs of 8 and keys and values of 4, measured with inputs and
+cache rounded; `llmqat` learns from what the model itself writes. KLD in nats against the original: `docs` is
+the calibration's kind of text (other topics), `other` is library source code and package pages. Smaller is
+better."""
 
 
 def main() -> None:
@@ -35,9 +36,10 @@ def main() -> None:
     ours = bench(options)
     ours.take(options.windows)
     for name in options.grids if options.only != "whole" else []:
-        solvers = {"nearest": "nearest", "gptq": "gptq"}
+        course = f"steps={options.steps}, batch={options.batch}"
+        solvers = {"nearest": "nearest", "gptq": "gptq", "autoround": f"autoround({course})"}
         for seed in options.seeds:
-            told = f"steps={options.steps}, batch={options.batch}, seed={seed}"
+            told = f"{course}, seed={seed}"
             solvers[f"efficientqat {seed}"] = f"efficientqat({told})"
             if not options.identity:
                 solvers[f"efficientqat {seed} wave"] = f"efficientqat({told}, amplitude={AMPLITUDE})"

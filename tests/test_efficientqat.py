@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from bitmill import mill
 from bitmill.core import registry
+from bitmill.core.axes import ScalarGrid
 from bitmill.core.errors import Interrupted, Refused
 from bitmill.core.types import Moments, Problem
 from bitmill.grids.integer import Integer
@@ -166,3 +168,20 @@ def test_a_wave_for_a_derivative_learns_too(grid: str) -> None:
         [note] = [note for note in solution.notes if note.kind == "learned"]
         assert note.value is not None and note.value < 0.8
     assert found[0] != found[1] and found[1] < 1.5 * found[0]
+
+
+@pytest.mark.parametrize("text", ["int4-g32-asym", "int3-channel-sym", "nf4-b64", "fp8-e4m3-b128", "mxfp4"])
+def test_compiled_slopes_are_those_that_torch_finds(text: str) -> None:
+    """A wave without height is the identity, and goes by torch; also where the last blocks are short."""
+    grid, rng = registry.parse_grid(text), torch.Generator().manual_seed(1)
+    assert isinstance(grid, ScalarGrid)
+    w = torch.randn(200, 192, generator=rng)
+    state = Learned.of(w, grid, grid.fit(w))
+    offset = torch.rand(w.shape, generator=rng) - 0.5
+    state = replace(state, offset=offset, high=0.8 * state.high, low=0.7 * state.low)
+    params = state.params()
+    value, gradient = state.quantized(params).dense(), torch.randn(w.shape, generator=rng)
+    compiled, plain = (state.slopes(gradient, value, params, height) for height in (0.0, 1e-30))
+    assert 0 < int((compiled[0] == 0).sum()) < w.numel()
+    for one, other in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

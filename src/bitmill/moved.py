@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bitmill.core.axes import ScalarGrid
 from bitmill.core.types import Quantized, Row
+from bitmill.numerics.learned import step_of_each
 from bitmill.numerics.moving import slopes
 
 Leaves = Mapping[str, Tensor]
@@ -135,8 +136,8 @@ class MovedWeight(Moved):
     def of(cls, row: Row, placed: Quantized, weight: Tensor) -> MovedWeight:
         """Of a weight on a grid of scalars."""
         assert isinstance(row.grid, ScalarGrid)
-        step = row.grid.step(placed.params, 0, weight.shape[1])
-        return cls(row, placed, weight, step.expand_as(weight).float().mean(1, keepdim=True))
+        step = step_of_each(row.grid, placed.params, weight.shape)
+        return cls(row, placed, weight, step.float().mean(1, keepdim=True))
 
     @property
     def moves(self) -> bool:

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from bitmill.core.axes import AffineGrid, Grid, ScalarGrid
 from bitmill.core.types import Params, Quantized
+from bitmill.numerics.straight import sums_inside
 
 NARROWEST, WIDEST = 0.5, 1.5  # of a range
 LITTLE = 0.97  # narrower by a step or two of learning
@@ -73,7 +74,7 @@ class Learned:
 
     def quantized(self, params: Params) -> Quantized:
         """Codes of the weight with its offset."""
-        shifted = self.weight + self.offset * self.grid.step(params, 0, self.weight.shape[1])
+        shifted = self.weight + self.offset * step_of_each(self.grid, params, self.weight.shape)
         return Quantized(
             self.grid, self.grid.encode(shifted, params), params, (len(shifted), shifted.shape[1])
         )
@@ -89,9 +90,9 @@ class Learned:
             rate: how far each offset goes, in steps of the grid.
             ranges: whether factors move at all.
         """
-        step = self.grid.step(params, 0, self.weight.shape[1])
+        step = step_of_each(self.grid, params, self.weight.shape)
         by_weight, by_high, by_low = self.slopes(gradient, value, params)
-        offset = (self.offset - rate * (by_weight * step).sign()).clamp(-0.5, 0.5)
+        offset = by_weight.sign_().mul_(-rate).add_(self.offset).clamp_(-0.5, 0.5)
         if not (ranges and self.elastic):
             return replace(self, offset=offset)
         rates = rate * self._relative_step(step)
@@ -102,7 +103,7 @@ class Learned:
     def trained(self, weight: Tensor, high: Tensor, low: Tensor, params: Params, rate: float) -> Learned:
         """The weight itself, and the ends of its ranges, moved along these directions: where they are 1,
         against the axis by ``rate`` steps of the grid."""
-        step = self.grid.step(params, 0, self.weight.shape[1])
+        step = step_of_each(self.grid, params, self.weight.shape)
         one = replace(self, weight=self.weight - rate * step * weight)
         if not self.elastic:
             return one
@@ -123,41 +124,56 @@ class Learned:
             gradient, value, params: as of :meth:`moved`.
             amplitude: of the wave whose derivative stands for that of rounding; 0 for the identity.
         """
-        step = self.grid.step(params, 0, self.weight.shape[1])
-        slope, value, weight, shifted, step = (
-            _by_block(of, self.grid)
-            for of in (gradient, value, self.weight, self.weight + self.offset * step, step)
-        )
-        top, bottom = ((end * reach)[:, None, :, None] for end, reach in self._ends())
-        above, below = shifted > top + step / 2, shifted < bottom - step / 2
+        step = step_of_each(self.grid, params, self.weight.shape)
+        tensors = (gradient, value, self.weight, self.weight + self.offset * step, step)
+        top, bottom = self.high * self.top, self.low * self.bottom
+        block = (self.grid.block[0] or len(value), self.grid.block[1] or value.shape[1])
+        if amplitude or self.weight.device.type != "cpu":
+            by_weight, sums, stays = self._sums(tensors, top, bottom, amplitude)
+        else:
+            by_weight, sums = sums_inside(tensors, top, bottom, block)
+            stays = torch.zeros(())
+        slips, over, under, stuck = sums
+        if not self.ends_apart:
+            return by_weight, slips + stuck, slips + stuck
+        width = (top - bottom).clamp_min(1e-30)
+        return by_weight, top * (slips / width + over), stays + bottom * (under - slips / width)
+
+    def _sums(
+        self, tensors: tuple[Tensor, ...], top: Tensor, bottom: Tensor, amplitude: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What :func:`sums_inside` finds, with a wave's derivative; then what the lower end gets of it."""
+        slope, value, weight, shifted, step = (_by_block(of, self.grid) for of in tensors)
+        upper, lower = (end[:, None, :, None] for end in (top, bottom))
+        above, below = shifted > upper + step / 2, shifted < lower - step / 2
         inside = slope.masked_fill(above | below, 0)
         slip, stays = value - weight, torch.zeros((), device=value.device)
+        by_weight, stuck = inside, slope - inside
         if amplitude:
             through = _derivative(shifted - value, step, amplitude)
-            fixed = bottom if self.ends_apart else torch.zeros((), device=value.device)
+            fixed = lower if self.ends_apart else stays
             slip += (1 - through) * (weight - fixed)
             stays = (inside * (1 - through) * fixed).sum((1, 3))
             by_weight = inside * through
-        else:
-            by_weight = inside
-        slips, stuck = (inside * slip).sum((1, 3)), slope - inside
-        if self.ends_apart:
-            top, bottom = top[:, 0, :, 0], bottom[:, 0, :, 0]
-            width = (top - bottom).clamp_min(1e-30)
-            by_high = top * (slips / width + (stuck * above).sum((1, 3)))
-            by_low = stays + bottom * ((stuck * below).sum((1, 3)) - slips / width)
-        else:
-            by_high = by_low = slips + (stuck * value).sum((1, 3))
-        return _as_rows(by_weight, self.weight), by_high, by_low
-
-    def _ends(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        return (self.high, self.top), (self.low, self.bottom)
+        parts = (inside * slip, stuck * above, stuck * below, stuck * value)
+        sums = torch.stack([part.sum((1, 3)) for part in parts])
+        return _as_rows(by_weight, self.weight), sums, stays
 
     def _relative_step(self, step: Tensor) -> Tensor:
         """A step of each block, relative to the end of its range that is farther from zero."""
-        widest = _by_block(step.expand_as(self.weight), self.grid).amax((1, 3))
+        widest = _by_block(step, self.grid).amax((1, 3))
         reach = torch.maximum(self.top.abs(), self.bottom.abs())
         return (widest / reach.clamp_min(1e-30)).clamp(max=1.0)
+
+
+def step_of_each(grid: ScalarGrid, params: Params, shape: torch.Size) -> Tensor:
+    """Local distance between neighbouring values at each weight, ``out in``; a grid itself may tell that of a
+    block's rows in one."""
+    rows, columns = shape
+    step = grid.step(params, 0, columns)
+    if 1 < step.shape[0] < rows:
+        step = step.repeat_interleave(grid.block[0], 0)[:rows]
+    return step.expand(rows, columns)
 
 
 def _derivative(off: Tensor, step: Tensor, amplitude: float) -> Tensor:
