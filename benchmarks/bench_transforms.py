@@ -7,18 +7,22 @@ from __future__ import annotations
 
 from compare import against, arguments, bench
 
+W8A8 = "int8-channel-sym, input=int8-token > bitmill"
 SIDES = {
-    "awq int4-g64-asym": (("awq",), "awq + {solver} : int4-g64-asym > bitmill", False),
-    "awq int3-g64-asym": (("awq", "--bits", "3"), "awq + {solver} : int3-g64-asym > bitmill", False),
-    "smoothquant W8A8": (
-        ("smoothquant",),
-        "smoothquant + {solver} : int8-channel-sym, input=int8-token > bitmill",
-        True,
-    ),
+    "awq int4-g64-asym": ("awq int4-g64-asym", "awq + {solver} : int4-g64-asym > bitmill"),
+    "awq int3-g64-asym": ("awq int3-g64-asym", "awq + {solver} : int3-g64-asym > bitmill"),
+    "smoothquant W8A8": ("smoothquant W8A8", f"smoothquant + {{solver}} : {W8A8}"),
+    "smoothquant W8A8, alpha 0.5": ("smoothquant W8A8", f"smoothquant(alpha=0.5) + {{solver}} : {W8A8}"),
+}
+PEERS = {
+    "awq int4-g64-asym": (("awq",), False),
+    "awq int3-g64-asym": (("awq", "--bits", "3"), False),
+    "smoothquant W8A8": (("smoothquant",), True),
 }
 NOTES = """The same {windows} windows of 512 tokens of Python's manual, one after the other. The peer's
 `awq` is its transform before plain rounding, and so is Bitmill's. W8A8: weights by rows, inputs by tokens,
-both rounded while the model is scored. `seconds` is the peer's `oneshot` call alone, and all of
+both rounded while the model is scored; the peer's alpha is 0.5 everywhere, Bitmill's is searched unless a row
+says otherwise. `seconds` is the peer's `oneshot` call alone, and all of
 `bitmill.quantize` with reading the model and writing the file; `whole` are the two processes from first line
 to last. KLD in nats against the original: `docs` is the calibration's kind of text, `other` is not."""
 
@@ -32,13 +36,16 @@ def main() -> None:
     options = parser.parse_args()
     both = bench(options)
     both.take(options.windows)
-    ratios = []
+    ratios, met = [], {}
     for name in options.only:
-        extra, recipe, eight = SIDES[name]
-        peer = f"llm-compressor {name}"
-        theirs = both.peer("llmc", "peer_llmc.py", peer, *extra, eight_bit_inputs=eight)
+        peer, recipe = SIDES[name]
+        extra, eight = PEERS[peer]
+        if peer not in met:
+            met[peer] = both.peer(
+                "llmc", "peer_llmc.py", f"llm-compressor {peer}", *extra, eight_bit_inputs=eight
+            )
         ours = both.bitmill(recipe.format(solver=options.solver), f"bitmill {name}", loaded=eight)
-        ratios.append(f"{against(name, ours, theirs)}.")
+        ratios.append(f"{against(name, ours, met[peer])}.")
     both.report(
         "transforms",
         "AWQ and SmoothQuant, side by side",

@@ -9,6 +9,7 @@ Rows that are not asked for stay as they were. q4_k is on the wide model, whose 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ WIDE = ("q4_k",)
 NOTES = """SmolLM2-135M off its 4-bit grid; every combination with the same {windows} windows of 512 tokens of
 Python's manual where it calibrates at all. KLD in nats against the original: `docs` is the calibration's kind
 of text (other topics), `other` is library source code and package pages. q4_k is on the wide model. In bold
-the least of a column; `peer` is llm-compressor's GPTQ with 64 windows of the same text, where it was run
-([GPTQ](gptq.md)). A combination without a row was not run."""
+the least of a column; `peer` is llm-compressor's GPTQ with {peers} windows of the same text, where it was run
+([GPTQ](gptq.md)), and so are rows that say so. A combination without a row was not run."""
+PEERS_WINDOWS = 64
 
 
 def main() -> None:
@@ -46,50 +48,52 @@ def main() -> None:
     if not options.stored:
         for grid in options.grids:
             for combination in options.only:
-                run(both, grid, combination)
-    rows = [stored(both, *one) for one in everything() if kept(both, *one).is_file()]
+                run(both, grid, combination, options.windows)
+    windows = sorted({options.windows, PEERS_WINDOWS})
+    rows = [stored(both, *one) for one in everything(windows) if kept(both, *one).is_file()]
     about = {**machine(), "threads": both.threads}
     write_json(both.evidence / "cross.json", {"about": about, "rows": rows})
-    parts = ["# Transforms and solvers", NOTES.format(windows=options.windows)]
+    parts = ["# Transforms and solvers", NOTES.format(windows=options.windows, peers=PEERS_WINDOWS)]
     parts += [table(both, grid, rows) for grid in GRIDS if any(row["grid"] == grid for row in rows)]
     text = "\n\n".join([*parts, signature(about)])
     (both.evidence / "cross.md").write_text(text + "\n", encoding="utf-8")
     print(text)
 
 
-def everything() -> list[tuple[str, str]]:
-    """Every grid with every combination."""
-    return [(grid, combination) for grid in GRIDS for combination in COMBINATIONS]
+def everything(windows: Sequence[int]) -> list[tuple[str, str, int]]:
+    """Every grid with every combination, calibrated on each of these numbers of windows."""
+    return [(grid, combination, n) for grid in GRIDS for n in windows for combination in COMBINATIONS]
 
 
-def kept(both: Bench, grid: str, combination: str) -> Path:
+def kept(both: Bench, grid: str, combination: str, windows: int) -> Path:
     """Where a combination's row is kept."""
-    return both.work / "results" / called(both, grid, combination) / "scores.json"
+    return both.work / "results" / called(grid, combination, windows) / "scores.json"
 
 
-def called(both: Bench, grid: str, combination: str) -> str:
+def called(grid: str, combination: str, windows: int) -> str:
     """A run's name; its calibration is part of it."""
-    return f"cross {both.tokens.stem} {grid} {combination}"
+    return f"cross tokens-{windows} {grid} {combination}"
 
 
-def stored(both: Bench, grid: str, combination: str) -> dict[str, Any]:
+def stored(both: Bench, grid: str, combination: str, windows: int) -> dict[str, Any]:
     """The row of a combination that has been run."""
-    row = json.loads(kept(both, grid, combination).read_text(encoding="utf-8"))
-    return {**row, "grid": grid, "combination": combination}
+    row = json.loads(kept(both, grid, combination, windows).read_text(encoding="utf-8"))
+    told = f"{combination}, {windows} windows" if windows == PEERS_WINDOWS else combination
+    return {**row, "grid": grid, "combination": told}
 
 
-def run(both: Bench, grid: str, combination: str) -> None:
-    """One combination: made and scored."""
-    if both.reuse and kept(both, grid, combination).is_file():
+def run(both: Bench, grid: str, combination: str, windows: int) -> None:
+    """Add a combination's row, unless it is there."""
+    if both.reuse and kept(both, grid, combination, windows).is_file():
         return
     wide = grid in WIDE
     model = both.wide_model if wide else both.model
     ruler = Ruler(model, both.work / "ruler-wide.safetensors") if wide else both.ruler
     plain = [] if "awq" in combination or "gptq" in combination else ["--plain"]
-    name = called(both, grid, combination)
+    name = called(grid, combination, windows)
     out, facts = both.run_bitmill(model, f"{combination} : {grid} > bitmill", name, *plain)
     both.add(name, facts, ruler.score_file(out / facts["file"]))
-    write_json(kept(both, grid, combination), both.rows[-1])
+    write_json(kept(both, grid, combination, windows), both.rows[-1])
 
 
 def table(both: Bench, grid: str, rows: list[dict[str, Any]]) -> str:
