@@ -14,11 +14,11 @@ INPUTS = "int4-channel-sym, input=int8-token, cache=int4-token-asym > bitmill"
 AMPLITUDE = 0.21
 NOTES = """The off-grid test model. Rows of a grid have the same {windows} windows of 512 tokens of Python's
 manual; `efficientqat` and `autoround` take {steps} steps of {batch} windows a block, and `wave` is
-EfficientQAT with StableQAT's derivative of rounding (amplitude 0.21) in place of the identity; `+ tune` is its
-second stage, {tune_steps} steps of one window. The rows `4-8-4` have weights of 4 bits by channel, inputs of
-8 and keys and values of 4, measured with inputs and cache rounded; `llmqat` learns from what the model itself
-writes. KLD in nats against the original: `docs` is the calibration's kind of text (other topics), `other` is
-library source code and package pages. Smaller is better."""
+EfficientQAT with StableQAT's derivative of rounding (amplitude 0.21) in place of the identity; `+ tune` is
+its second stage, {tune_steps} steps of one window. The rows `4-8-4` have weights of 4 bits by channel,
+inputs of 8 and keys and values of 4, measured with inputs and cache rounded; `llmqat` learns from what the
+model itself writes. KLD in nats against the original: `docs` is the calibration's kind of text (other
+topics), `other` is library source code and package pages. Smaller is better."""
 
 
 def main() -> None:
