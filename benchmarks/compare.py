@@ -118,6 +118,10 @@ class Bench:
         command = [sys.executable, str(HERE / "run_bitmill.py"), str(model), str(self.tokens), str(out)]
         return out, self.run([*command, recipe, *options], out)
 
+    def has(self, name: str) -> bool:
+        """Whether a run of this name is stored."""
+        return (self.work / "results" / name / "facts.json").is_file()
+
     def add(self, name: str, facts: Mapping[str, Any], scores: Mapping[str, Score]) -> dict[str, Any]:
         """Keep one row and say it."""
         row = {"name": name, **facts, "scores": as_json(scores)}

@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--whole-steps", type=int, default=100, help="of LLM-QAT")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of EfficientQAT")
     parser.add_argument("--without", nargs="+", choices=["wave", "autoround"], default=[], help="rows")
+    parser.add_argument("--stored", action="store_true", help="blocks: with --reuse, the rows there are")
     parser.add_argument("--only", choices=["blocks", "whole"], help="a half of the table")
     parser.add_argument("--windows", type=int, default=64, help="of calibration")
     options = parser.parse_args()
@@ -50,6 +51,8 @@ def main() -> None:
         if "autoround" not in options.without:
             solvers["autoround"] = f"autoround({course})"
         for called, solver in solvers.items():
+            if options.stored and not ours.has(f"{name} {called}"):
+                continue
             ours.bitmill(f"{solver} : {GRIDS[name]} > bitmill", f"{name} {called}")
     if options.only != "blocks":
         ours.bitmill(f"nearest : {INPUTS}", "4-8-4 nearest", loaded=True)
