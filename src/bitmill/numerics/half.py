@@ -38,7 +38,8 @@ class _CausalInPieces(TorchFunctionMode):
     ) -> Any:
         """``function`` itself, if it is no causal attention."""
         told = dict(kwargs or {})
-        if function is scaled_dot_product_attention and is_plainly_causal(*args, **told):
+        asked = function is scaled_dot_product_attention and len(args) >= 3
+        if asked and is_plainly_causal(*args, **told):
             query, key, value = (tensor.to(torch.bfloat16) for tensor in args[:3])
             with torch.autocast("cpu", enabled=False):
                 return causal_attention(query, key, value, told.get("scale"))
