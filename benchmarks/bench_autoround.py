@@ -8,34 +8,37 @@ from __future__ import annotations
 
 from compare import against, arguments, bench
 
-NOTES = """The same {windows} windows of 512 tokens of Python's manual, one side after the other; {steps}
-steps of {batch} windows a block, group 64, asymmetric, ranges learned. Bitmill holds an eighth of the windows
+NOTES = """The same {windows} windows of 512 tokens of Python's manual, one side after the other; steps and
+windows a step as the rows say, group 64, asymmetric, ranges learned. Bitmill holds an eighth of the windows
 back to choose the step that it keeps. `seconds` is the peer's `quantize` call alone, and all of
 `bitmill.quantize` with reading the model and writing the file; `whole` are the two processes from first line
 to last. KLD in nats against the original: `docs` is the calibration's kind of text, `other` is not."""
 
 
 def main() -> None:
-    """Run both sides at every width."""
+    """Both sides of every run."""
     parser = arguments(__doc__)
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 2])
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=8, help="windows a step")
+    parser.add_argument(
+        "--runs", nargs="+", default=["4:200:8", "2:200:8"], help="bits, steps, windows a step"
+    )
     parser.add_argument("--windows", type=int, default=64, help="of calibration")
     options = parser.parse_args()
     both = bench(options)
     both.take(options.windows)
     ratios = []
-    for bits in options.bits:
+    for run in options.runs:
+        bits, steps, batch = run.split(":")
         grid = f"int{bits}-g64-asym"
-        told = f"{grid}, {options.steps} steps of {options.batch}"
-        extra = ("--bits", str(bits), "--steps", str(options.steps), "--batch", str(options.batch))
+        told = f"{grid}, {steps} steps of {batch}"
+        extra = ("--bits", bits, "--steps", steps, "--batch", batch)
         theirs = both.peer("autoround", "peer_autoround.py", f"auto-round {told}", *extra)
-        solver = f"autoround(steps={options.steps}, batch={options.batch})"
+        solver = f"autoround(steps={steps}, batch={batch})"
         ours = both.bitmill(f"{solver} : {grid} > compressed-tensors", f"bitmill autoround {told}")
-        ratios.append(f"{against(f'int{bits}', ours, theirs)}.")
+        ratios.append(f"{against(told, ours, theirs)}.")
     both.report(
-        "autoround", "AutoRound, side by side", NOTES.format(**vars(options)) + "\n\n" + "\n".join(ratios)
+        "autoround",
+        "AutoRound, side by side",
+        NOTES.format(windows=options.windows) + "\n\n" + "\n".join(ratios),
     )
 
 

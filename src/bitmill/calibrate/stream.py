@@ -32,6 +32,7 @@ from bitmill.run.experts import Experts, linears_of, open_all_experts, open_expe
 
 Read = Callable[[str], Tensor]
 _VOCAB_ROWS = 16384  # head rows converted to float32 at a time: 37 MB at width 576, 268 MB at 4096
+_FEW = 16  # tokens, enough to see who reads what
 
 
 class _Recorded(Exception):
@@ -112,7 +113,7 @@ class Block:
             module.everywhere = True
         try:
             with self._hooks({path: note(path) for path in self.linears()}):
-                self.forward(hidden[:1])
+                self.forward(hidden[:1, :_FEW])
         finally:
             for module in self._experts.values():
                 module.everywhere = False
