@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from compare import against, arguments, bench
 
-NOTES = """The hqq package's own optimizer (group 64 along the inputs, scale and zero point in half precision)
-and Bitmill's, both without calibration. `seconds` is the package's quantizing alone, and all of
-`bitmill.quantize` with reading the model and writing the folder. KLD in nats against the original on two kinds of text."""
+NOTES = """The hqq package's own optimizer (group 64 along the inputs, scale and zero point in half
+precision) and Bitmill's, both without calibration. `seconds` is the package's quantizing alone, and all
+of `bitmill.quantize` with reading the model and writing the folder. KLD in nats against the original on
+two kinds of text."""
 
 
 def main() -> None:
